@@ -1,0 +1,1 @@
+"""Preparation of datasets: pack, index, tokenize, verify, inspect."""

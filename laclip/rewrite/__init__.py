@@ -1,0 +1,1 @@
+"""Caption rewriting with language models."""
