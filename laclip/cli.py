@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "index": ("laclip.prepare.index", "scan webdataset tars into sample indexes"),
+    "tokenize": ("laclip.prepare.tokenize", "captions and rewrites into the caption store"),
 }
 
 

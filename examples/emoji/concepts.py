@@ -1,4 +1,4 @@
-"""The concepts of the emoji data set: their texts, and which of them stay on one side of a split."""
+"""The concepts of the emoji data set: their texts, and which of them no split may part."""
 
 import json
 import re
@@ -27,8 +27,11 @@ _PERSONS = {
     "1F46B": "hands", "1F46C": "hands", "1F46D": "hands",
 }  # fmt: skip
 _GENDER = {"2640", "2642", "FE0F", "200D", "27A1"}
+# Digits, and letters that stand for members of a family ("family wwg").
+_UNSPOKEN = re.compile(r"\d|\b[mwbgp]{2,4}\b")
 _GENDER_WORDS = re.compile(
-    r"\b(man|woman|person|men|women|people|boy|girl|child|male|female|prince|princess|facing right)\b"
+    r"\b(man|woman|person|men|women|people|boy|girl|child|male|female|prince|princess|"
+    r"facing right)\b"
 )
 
 
@@ -75,7 +78,7 @@ def read_concepts(data: Path) -> list[Concept]:
             listed = source.get(code, [])
             for shortcode in [listed] if isinstance(listed, str) else listed:
                 name = re.sub(r"[_-]+", " ", shortcode).strip().lower()
-                if not re.search(r"\d", name) and len(name) > 2 and squeeze(name) not in known:
+                if not _UNSPOKEN.search(name) and len(name) > 2 and squeeze(name) not in known:
                     names.setdefault(squeeze(name), name)
         label_words = set(words(emoji["label"]))
         concepts.append(
@@ -101,6 +104,8 @@ def base_of_code(code: str) -> str:
     """The code points without skin tone, gender, direction and kind of person."""
     parts = [part for part in code.split("-") if part not in TONES and part not in _GENDER]
     parts = [_PERSONS.get(part, part) for part in parts]
+    if not parts:  # a gender sign or an arrow on its own
+        return code
     if parts[0] in ("P", "C") and len(parts) > 1:
         if set(parts) <= {"P", "C"}:
             return "family"

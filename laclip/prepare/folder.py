@@ -4,8 +4,10 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +17,18 @@ from laclip.dataset import BAD, FORMAT, VERSION, CaptionsTable, SamplesTable
 _HOST = re.sub("[^A-Za-z0-9]", "_", os.uname().nodename)
 
 
-def write_whole(path: Path, chunks: Iterable[bytes | np.ndarray]) -> None:
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that tells whose it is, for `remove_leftovers`."""
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def write_whole(path: Path, chunks: Iterable[Any]) -> None:
     """Write a file so that at any moment the old or the new one is there, whole.
 
     A temporary name beside it, synced, renamed, the folder synced. On any error the temporary file
     is removed; one that a killed process left is removed by the next `remove_leftovers`.
     """
-    owner = f"{_HOST}-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary = path.with_name(f".{path.name}.{owner}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
             for chunk in chunks:
@@ -71,7 +77,10 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         host, *rest = path.name.split(".")[-2].split("-")
         if host == _HOST and len(rest) == 2 and not Path(f"/proc/{rest[0]}").exists():
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> dict:

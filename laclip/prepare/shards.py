@@ -59,7 +59,7 @@ def _on_processes(function, tasks, jobs: int) -> Iterator[tuple[int, Any]]:
     # spawn: a fork of a process with threads may hang.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = iter(enumerate(tasks))
-        running = {}
+        running: dict[Any, int] = {}
         try:
             while True:
                 while len(running) < 2 * jobs and (item := next(waiting, None)) is not None:
