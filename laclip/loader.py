@@ -37,8 +37,8 @@ class LoadedBatch:
     wait_seconds: float  # time that the caller waited
 
 
-class TooManyBadSamples(RuntimeError):
-    """More samples were bad than data.max_bad_fraction allows."""
+class DataError(RuntimeError):
+    """Data that training cannot go on with: unreadable, changed, or too much of it bad."""
 
 
 class Loader:
@@ -115,6 +115,7 @@ class Loader:
         self._in_flight: deque[_native.Batch] = deque()
         self._samples_read = 0
         self._found_bad = 0
+        self._new_bad: dict[int, str] = {}
 
     @property
     def num_samples(self) -> int:
@@ -123,8 +124,14 @@ class Loader:
 
     def mark_bad(self, samples: dict[int, str]) -> None:
         """Samples that another rank found bad: from now on they yield substitutes here too."""
-        self.bad_samples |= samples
-        self._reader.mark_bad(list(samples))
+        if samples:
+            self.bad_samples |= samples
+            self._reader.mark_bad(list(samples))
+
+    def take_new_bad_samples(self) -> dict[int, str]:
+        """What this rank found since the last call, for the other ranks' mark_bad."""
+        new, self._new_bad = self._new_bad, {}
+        return new
 
     def __iter__(self) -> "Loader":
         return self
@@ -133,7 +140,10 @@ class Loader:
         begin = time.perf_counter()
         while True:
             while len(self._in_flight) < self._depth:
-                self._feed(self._reader.next())
+                try:
+                    self._feed(self._reader.next())
+                except RuntimeError as error:
+                    raise DataError(f"data.train: {error}") from None
             try:
                 images = self._pipeline.take()
                 break
@@ -166,6 +176,7 @@ class Loader:
             path, key = self._reader.name(sample)
             self._log_bad({"shard": path, "key": key, "sample": sample, "reason": reason})
         self.mark_bad(found)
+        self._new_bad |= found
         self._found_bad += len(found)
         allowed = max(1.0, self._max_bad_fraction * (self._samples_read + failed.size))
         if self._found_bad > allowed:
@@ -173,7 +184,7 @@ class Loader:
                 f"  {' '.join(self._reader.name(sample))}: {reason}"
                 for sample, reason in list(self.bad_samples.items())[:20]
             )
-            raise TooManyBadSamples(
+            raise DataError(
                 f"data.max_bad_fraction: {self._found_bad} of the first "
                 f"{self._samples_read + failed.size} samples could not be decoded, allowed are "
                 f"{allowed:.0f} ({self._max_bad_fraction:g}). Run 'laclip index --decode' to flag "
