@@ -5,7 +5,6 @@ The slow twin of triton_blocks.py, function for function; the losses are written
 
 import torch
 import torch.nn.functional as F
-
 from laclip.kernels.products import product
 
 # float16 gradients of a softmax are carried times 2^14: 1/B would be subnormal at B = 32k, and
@@ -59,7 +58,7 @@ def softmax_gradient(
     first_column: int,
     flag: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(s_ij - row_i) + exp(s_ij - column_j), zero for pairs, times GAIN; its sum with cosines."""
+    """GAIN * (exp(s_ij - row_i) + exp(s_ij - column_j)), zero for pairs; its sum with cosines."""
     cosines = _cosines(image, text)
     logits = cosines * logit_scale
     gradient = (logits - row_log_sum.float()[:, None]).exp_()

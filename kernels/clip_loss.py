@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
-
 from laclip.kernels import chunked, reference
 from laclip.kernels.gather import GatheredFeatures, resolve
 from laclip.kernels.inputs import (
@@ -22,6 +20,7 @@ from laclip.kernels.inputs import (
     choose_implementation,
 )
 from laclip.kernels.products import full_precision, product
+from torch.autograd.function import once_differentiable
 
 
 def block_source(implementation: str) -> Any:
@@ -133,7 +132,7 @@ def backward_products(
     """
     image, text, blocks = problem.image, problem.text, problem.blocks
     all_texts, gathered, first = problem.all_texts, problem.gathered, problem.first_column
-    (batch, dim), variants = image.shape, len(text)
+    batch, variants = len(image), len(text)
     dtype = output_dtype or image.dtype
     need_image, need_text, need_scale = needed
     gain, smoothing = chunked.GAIN[image.dtype], problem.label_smoothing
@@ -166,13 +165,17 @@ def backward_products(
                 product(block.T, part, text_sum[v], accumulate=start > 0)
             del block
         if image_gradient is not None:
-            mean = sums.text_mean.sum(0) * (2 * smoothing * gain) if smoothing else None
+            mean = None
+            if sums.text_mean is not None:
+                mean = sums.text_mean.sum(0) * (2 * smoothing * gain)
             blocks.combine(
                 image_sum, coefficients[:, rows], text[:, rows], mean, factor, image_gradient[rows]
             )
     text_gradient = None
     if text_sum is not None:
-        mean = sums.image_mean * (2 * smoothing * gain) if smoothing else None
+        mean = None
+        if sums.image_mean is not None:
+            mean = sums.image_mean * (2 * smoothing * gain)
         own = slice(first, first + batch)
         one = torch.ones_like(factor)
         text_gradient = torch.empty_like(text, dtype=dtype) if gathered is None else None

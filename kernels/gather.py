@@ -57,7 +57,7 @@ class GatheredFeatures:
         self.local = _AwaitGradient.apply(features, self)
 
     def wait(self) -> torch.Tensor:
-        """All ranks' features, `[world_size * batch, dim]` or `[variants, world_size * batch, dim]`."""
+        """All ranks' features: `[world_size * batch, dim]`, or that with the variants first."""
         if self._work is not None:
             self._work.wait()
             self._work = None

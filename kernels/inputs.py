@@ -10,7 +10,8 @@ def choose_implementation(implementation: str, features: torch.Tensor) -> str:
     """Resolve "auto": Triton on CUDA, blocks of rows on a CPU, the reference for float64."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation: found {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
+            f"implementation: found {implementation!r}, expected one of "
+            + ", ".join(IMPLEMENTATIONS)
         )
     if features.dtype == torch.float64:
         if implementation not in ("auto", "reference"):

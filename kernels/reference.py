@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
 from laclip.kernels.gather import GatherWithGradient
 
 
