@@ -151,7 +151,7 @@ class ImagePipeline:
         except RuntimeError as error:
             self._in_flight.clear()
             self._pipeline = self._build(self.batch_size)
-            raise self._decode_error(*batch, error) from None
+            raise self._decode_error(batch, error) from None
         images = torch.empty(len(batch[0]), 3, self.image_size, self.image_size, device=self.device)
         if self.device.type == "cuda":
             images.copy_(torch.from_dlpack(output.as_tensor()))
@@ -160,8 +160,9 @@ class ImagePipeline:
         self._pipeline.release_outputs()
         return images
 
-    def _decode_error(self, encoded, windows, mirrors, error: RuntimeError) -> Exception:
+    def _decode_error(self, batch: tuple, error: RuntimeError) -> Exception:
         """Which images failed: DALI names them for some damage only, so each is tried alone."""
+        encoded, windows, mirrors = batch
         failed = {}
         probe = self._build(1)
         for i, image in enumerate(encoded):

@@ -230,11 +230,11 @@ def shard_files(dataset: Dataset) -> list[_native.ShardFiles]:
                 tar=stem + ".tar",
                 samples=stem + ".samples",
                 captions=stem + ".captions",
-                tokenizer=dataset.tokenizer,
+                tokenizer=dataset.tokenizer or "",
                 count=shard.samples,
                 variants=len(dataset.variants),
                 samples_checksum=int(shard.samples_checksum, 16),
-                captions_checksum=int(shard.captions_checksum, 16),
+                captions_checksum=int(shard.captions_checksum or "0", 16),
             )
         )
     return files

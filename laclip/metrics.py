@@ -44,7 +44,7 @@ class MetricsWriter:
     def write(self, record: dict[str, Any]) -> None:
         """record: `step` and numbers, or flat dictionaries of numbers."""
         self._file.write(json.dumps(record) + "\n")
-        numbers = {}
+        numbers: dict[str, Any] = {}
         for name, value in record.items():
             if isinstance(value, dict):
                 numbers |= {f"{name}/{key}": item for key, item in value.items()}

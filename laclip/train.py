@@ -121,7 +121,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     folder = Path(config.run.folder)
     lock = claim_folder(folder, config, ranks, resume)
     found = newest_checkpoint(folder / "checkpoints", ranks)
-    state = found[1] if found else {"step": 0, "bad_samples": []}
+    state: dict[str, Any] = found[1] if found else {"step": 0, "bad_samples": []}
     fingerprints = [dataset.fingerprint for dataset in datasets]
     if found and state["datasets"] != fingerprints:
         raise ValueError(
@@ -176,7 +176,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         )
     step = state["step"]
     if ranks.is_first:
-        parameters = sum(p.ds_numel if stage == 3 else p.numel() for p in model.parameters())
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         print(
             f"laclip: {parameters / 1e6:.1f} M parameters, {loader.num_samples:,} samples with "
             f"{len(datasets[0].variants)} captions each, {total_steps} steps of {batch_size} on "
@@ -323,7 +323,8 @@ def train_step(
         engine.step()
     else:
         loss.backward()
-        image_gradient, text_gradient, *scale_gradients = [leaf.grad for leaf in leaves]
+        gradients: list[Any] = [leaf.grad for leaf in leaves]
+        image_gradient, text_gradient, *scale_gradients = gradients
         for part in parts:
             images, texts, *scales = forward(part)
             surrogate = (images * image_gradient[part]).sum()
