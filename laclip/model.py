@@ -7,6 +7,7 @@ exact because later tokens touch nothing that is read. The last block computes o
 
 import importlib.util
 import math
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -544,7 +545,13 @@ def load_weights(model: CLIP, path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model.weights: no file {path}")
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"model.weights: {path} is damaged, or was not written by laclip "
+            f"({str(error).splitlines()[0]}). Weights of other projects go through: laclip import"
+        ) from error
     found = loaded.get("state_dict", loaded)
     expected = model.state_dict()
     problems = [
