@@ -67,10 +67,12 @@ void bind_tokenizer(nb::module_& module) {
       .def(
           "__init__",
           [as_span](CharacterTable* self, const Array<std::uint32_t>& entries,
-                    const Array<std::uint8_t>& combining, const Array<std::uint16_t>& suspicious) {
-            new (self) CharacterTable(as_span(entries), as_span(combining), as_span(suspicious));
+                    const Array<std::uint8_t>& combining, const Array<std::uint16_t>& suspicious,
+                    const Array<std::uint64_t>& compositions) {
+            new (self) CharacterTable(as_span(entries), as_span(combining), as_span(suspicious),
+                                      as_span(compositions));
           },
-          "entries"_a, "combining"_a, "suspicious"_a);
+          "entries"_a, "combining"_a, "suspicious"_a, "compositions"_a);
   using Rows = nb::ndarray<std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
   const auto form = [](bool words) {
     return words ? laclip::TextForm::kWords : laclip::TextForm::kRaw;

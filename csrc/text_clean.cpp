@@ -122,6 +122,7 @@ bool clean_wide(const CodePoint* text, std::size_t length, const CharacterTable&
                 CleanText& clean) {
   std::size_t size = 0;
   std::uint32_t previous = 0;
+  std::uint32_t starter = 0;
   std::uint8_t previous_combining = 0;
   for (std::size_t i = 0; i < length; ++i) {
     const std::uint32_t c = text[i];
@@ -130,8 +131,13 @@ bool clean_wide(const CodePoint* text, std::size_t length, const CharacterTable&
     if (c == '&' && may_be_entity(text, length, i)) return false;
     const std::uint8_t combining = table.combining(c);
     if (combining != 0 && combining < previous_combining) return false;  // not in canonical order
+    if (entry & CharacterTable::kComposes &&
+        (table.entry(starter) & CharacterTable::kDecomposes || table.compose(starter, c))) {
+      return false;
+    }
     previous = entry;
     previous_combining = combining;
+    if (combining == 0) starter = c;
     const auto character_class =
         static_cast<std::uint8_t>(entry >> CharacterTable::kClassShift & (kContinuation - 1));
     const std::size_t bytes =
@@ -161,8 +167,11 @@ void copy_words_of(const CodePoint* text, std::size_t length, CleanText& clean) 
 
 CharacterTable::CharacterTable(std::span<const std::uint32_t> entries,
                                std::span<const std::uint8_t> combining,
-                               std::span<const std::uint16_t> suspicious)
-    : entries_(entries.begin(), entries.end()), combining_(combining.begin(), combining.end()) {
+                               std::span<const std::uint16_t> suspicious,
+                               std::span<const std::uint64_t> compositions)
+    : entries_(entries.begin(), entries.end()),
+      combining_(combining.begin(), combining.end()),
+      compositions_(compositions.begin(), compositions.end()) {
   if (entries.size() < 128 || combining.size() != entries.size() || suspicious.size() > kGroups) {
     throw std::invalid_argument("character table: sizes do not fit");
   }

@@ -1,6 +1,7 @@
 // What CLIP's tokenizer does to a text before byte-pair encoding: cleaning, lower case, words.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <span>
@@ -30,14 +31,17 @@ class CharacterTable {
   static constexpr std::uint32_t kCodePoint = (1u << 21) - 1;  // its lower case, cleaned
   static constexpr unsigned kClassShift = 21;                  // CharacterClass, 3 bits
   static constexpr unsigned kGroupShift = 24;                  // for pairs of mojibake, 4 bits
+  static constexpr std::uint32_t kDecomposes = 1u << 28;       // one that follows may change it
+  static constexpr std::uint32_t kComposes = 1u << 29;         // with a starter before it
   static constexpr std::uint32_t kRefused = 1u << 31;
   static constexpr std::size_t kGroups = 16;
 
   // `entries` and `combining` (the canonical combining class) by code point, of one size, at least
-  // 128; bit j of suspicious[i]: neighbours of groups i and j may be mojibake. Throws
-  // std::invalid_argument.
+  // 128; bit j of suspicious[i]: neighbours of groups i and j may be mojibake; `compositions`:
+  // starter << 32 | follower, ascending. Throws std::invalid_argument.
   CharacterTable(std::span<const std::uint32_t> entries, std::span<const std::uint8_t> combining,
-                 std::span<const std::uint16_t> suspicious);
+                 std::span<const std::uint16_t> suspicious,
+                 std::span<const std::uint64_t> compositions);
 
   std::uint32_t entry(std::uint32_t code_point) const {
     return code_point < entries_.size() ? entries_[code_point] : kRefused;
@@ -46,6 +50,10 @@ class CharacterTable {
   bool suspicious(std::uint32_t left_entry, std::uint32_t right_entry) const {
     return suspicious_[group(left_entry)] >> group(right_entry) & 1;
   }
+  bool compose(std::uint32_t starter, std::uint32_t follower) const {
+    return std::binary_search(compositions_.begin(), compositions_.end(),
+                              std::uint64_t{starter} << 32 | follower);
+  }
 
  private:
   static std::size_t group(std::uint32_t entry) { return entry >> kGroupShift & (kGroups - 1); }
@@ -53,6 +61,7 @@ class CharacterTable {
   std::vector<std::uint32_t> entries_;
   std::vector<std::uint8_t> combining_;
   std::array<std::uint16_t, kGroups> suspicious_{};
+  std::vector<std::uint64_t> compositions_;
 };
 
 // A text cleaned, in lower case and UTF-8, with the class of each byte. `bytes` and `classes` hold

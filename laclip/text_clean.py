@@ -107,8 +107,9 @@ def mojibake_groups():
 
 # --- The table itself: one entry for each character of Unicode's first two planes.
 SIZE = 0x20000
-LETTER, NUMBER, OTHER, REFUSED = 1 << 21, 1 << 22, 1 << 23, 1 << 31
+LETTER, NUMBER, OTHER = 1 << 21, 1 << 22, 1 << 23
 GROUP_SHIFT = 24
+DECOMPOSES, COMPOSES, REFUSED = 1 << 28, 1 << 29, 1 << 31
 
 
 @functools.cache
@@ -129,18 +130,23 @@ def character_table():
     refused[[ord(c) for c in ALONE]] = True
     refused[ord("Σ")] = True  # its lower case depends on its neighbours
 
-    # NFC leaves a text alone if each character is by itself composed, none composes with one
-    # before it, and combining classes do not fall (Unicode Standard Annex 15, quick check).
+    # NFC leaves a text alone if each character is by itself composed, combining classes do not
+    # fall, and none composes with the last starter before it (Unicode Standard Annex 15).
     combining = np.fromiter(map(unicodedata.combining, every), np.uint8, SIZE)
     refused[0x1161:0x1176] = refused[0x11A8:0x11C3] = True  # Hangul vowels and finals
+    normal = np.zeros(SIZE, np.uint32)
     changed = set()
+    pairs = []
     for i, decomposition in enumerate(map(unicodedata.decomposition, every)):
         if decomposition and decomposition[0] != "<":
-            *_, last = decomposition.split()
+            normal[i] |= DECOMPOSES
+            *first, last = (int(part, 16) for part in decomposition.split())
             if unicodedata.normalize("NFC", chr(i)) != chr(i):
                 changed.add(i)
             else:
-                refused[int(last, 16)] = True
+                normal[last] |= COMPOSES
+                pairs.append(first[0] << 32 | last)
+    normal[0xAC00:0xD7A4] |= DECOMPOSES
 
     # ftfy's changes of one character for one; all others are refused.
     for mapping in (ftfy.chardata.LIGATURES, ftfy.chardata.WIDTH_MAP, ftfy.chardata.CONTROL_CHARS):
@@ -155,6 +161,8 @@ def character_table():
         to_one = len(to) == 1 and ord(to) < SIZE and ord(to) not in changed
         if to_one and to != "&" and to not in groups:
             fixed[i] = ord(to)
+            normal[i] |= DECOMPOSES
+            refused[i] |= bool(normal[ord(to)] & COMPOSES)
         else:
             refused[i] = True
 
@@ -181,10 +189,17 @@ def character_table():
     lower = lower[fixed]
     refused |= refused[fixed] | refused[lower]
 
-    entries = lower.astype(np.uint32) | classes[lower] | (refused.astype(np.uint32) * REFUSED)
+    entries = (
+        lower.astype(np.uint32) | classes[lower] | normal | (refused.astype(np.uint32) * REFUSED)
+    )
     for c, name in groups.items():
         entries[ord(c)] |= NAMES.index(name) << GROUP_SHIFT
     suspicious = [
         sum(is_suspicious(left, right) << i for i, right in enumerate(NAMES)) for left in NAMES
     ]
-    return _native.CharacterTable(entries, combining[fixed], np.array(suspicious, np.uint16))
+    return _native.CharacterTable(
+        entries,
+        combining[fixed],
+        np.array(suspicious, np.uint16),
+        np.array(sorted(pairs), np.uint64),
+    )

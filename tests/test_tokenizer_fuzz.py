@@ -19,13 +19,18 @@ from laclip import text_clean
 from laclip.tokenizer import ReferenceTokenizer, load_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "clip_tokens.json").read_text())["cases"]
-WORDS = (
-    "a photo of the cat dog red-haired isn't we'll I've CAN'T 'S o'clock café naïve ÉCOLE straße "
-    "Москва собака «кошка» 猫 東京タワー 고양이 ảnh σκύλος ΣΚΥΛΟΣ कुत्ता แมว قطة חתול İzmir ĳs ﬁne 2019 1,000 "
-    "½ Ⅷ R&B AT&T &amp; &amp;amp; &lt;b&gt; &#39; &#x27; &eacute; &EACUTE; &copy &notit; &nbsp; &#0; "
-    "<|startoftext|> <|endoftext|> <b> ’s “quoted” it’s l’été – — … ™ © € £5 5° № 👍🏽 👩‍👩‍👧 🇩🇪 ❤️ "
-    "\x00 \x1b[31m \ufeff \u200b \u200d \u2028 \x85 \ud83d \ude00 ſ 'ſ K Å \u0301 \u0345 Ã© â€™ Ã Â œ Œ"
-).split(" ")
+PLAIN_WORDS = (
+    "a photo of the cat dog red-haired isn't we'll I've CAN'T 'S o'clock 2019 1,000 R&B AT&T "
+    "café naïve ÉCOLE straße Москва собака «кошка» 猫 東京タワー 고양이 ảnh σκύλος ΣΚΥΛΟΣ कुत्ता "
+    "แมว قطة חתול İzmir ĳs ﬁne ½ Ⅷ &amp; &amp;amp; &lt;b&gt; &#39; &#x27; &eacute; &EACUTE; "
+    "&copy &notit; &nbsp; &#0; <|startoftext|> <|endoftext|> <b> ’s “quoted” it’s l’été – — … "
+    "™ © € £5 5° № 👍🏽 🇩🇪 ❤️ ſ 'ſ Ã© â€™ Ã Â œ Œ"
+)
+WORDS = [
+    *PLAIN_WORDS.split(),
+    *("\x00", "\x1b[31m", "\ufeff", "\u200b", "\u200d", "\u2028", "\x85", "\ud83d", "\ude00"),
+    *("\u0301", "\u0345", "\u212a", "\u212b"),
+]
 RANGES = [
     (0x00, 0x80),
     (0x20, 0x7F),
