@@ -1,0 +1,583 @@
+"""The model: an image tower and a text tower with a common embedding.
+
+The towers' blocks work on rows, one a token, of several sequences one after the other: the text
+tower lays its captions out by length and leaves out what follows the end-of-text token, which is
+exact because later tokens touch nothing that is read. The last block computes only the pooled rows.
+"""
+
+import importlib.util
+import math
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from laclip.config import ModelConfig, TextConfig, VisionConfig
+
+MAX_LOG_SCALE = math.log(100.0)
+CAPTION_STEP = 8  # captions are grouped by length, rounded up to a multiple of this
+ATTENTION_PACKAGES = {"sdpa": "torch", "flash_attn": "flash_attn", "xformers": "xformers"}
+ACTIVATIONS = ("gelu", "quick_gelu")
+# PyTorch prefers flash to cuDNN; on Hopper cuDNN is the faster one at these lengths.
+SDPA_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class Layout(NamedTuple):
+    """How the rows of a tower's activations form sequences.
+
+    Either `groups` names runs of (sequences, tokens) of equal length, or `bounds` holds where each
+    sequence begins and the last one ends (int32 tensor for flash_attn, a mask for xformers).
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    bounds: Any = None
+    longest: int = 0
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization that returns its input's dtype, under autocast too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).to(input.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without the output projection, which the block applies."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, causal: bool, backend: str):
+        super().__init__()
+        self.heads, self.causal, self.backend = heads, causal, backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = LayerNorm(width // heads, eps=1e-6) if qk_norm else None
+        self.k_norm = LayerNorm(width // heads, eps=1e-6) if qk_norm else None
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Rows [rows, width] to rows [rows, width]."""
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # [rows, heads, head_dim]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.backend == "flash_attn":
+            attended = flash_attention(q, k, v, layout, self.causal)
+        elif self.backend == "xformers":
+            attended = xformers_attention(q, k, v, layout)
+        else:
+            attended = sdpa_attention(q, k, v, layout, self.causal)
+        return attended.reshape(x.shape)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool) -> Tensor:
+    """PyTorch's attention, a group at a time; is_causal, as a mask would rule out fast kernels."""
+    outputs, start = [], 0
+    for sequences, tokens in layout.groups:
+        rows = slice(start, start + sequences * tokens)
+        start += sequences * tokens
+        a, b, c = (t[rows].unflatten(0, (sequences, tokens)).transpose(1, 2) for t in (q, k, v))
+        if q.is_cuda:
+            with sdpa_kernel(SDPA_PRIORITY, set_priority=True):
+                output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
+        else:
+            output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool) -> Tensor:
+    """The flash-attn package, by variable lengths where the layout has bounds."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    if v.dtype == torch.float32:
+        raise ValueError(
+            "model.attention: flash_attn computes in bf16 and fp16, found fp32. "
+            'Set train.precision = "bf16", or model.attention = "sdpa"'
+        )
+    if layout.bounds is None:
+        ((sequences, tokens),) = layout.groups
+        q, k, v = (t.unflatten(0, (sequences, tokens)) for t in (q, k, v))
+        return flash_attn_func(q, k, v, causal=causal).flatten(0, 1)
+    return flash_attn_varlen_func(
+        q, k, v, layout.bounds, layout.bounds, layout.longest, layout.longest, causal=causal
+    )
+
+
+@torch.compiler.disable
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """The xformers package; its mask object carries the captions' bounds."""
+    from xformers.ops import memory_efficient_attention
+
+    if layout.bounds is not None:
+        q, k, v = (t.unsqueeze(0) for t in (q, k, v))
+        return memory_efficient_attention(q, k, v, attn_bias=layout.bounds).squeeze(0)
+    ((sequences, tokens),) = layout.groups
+    q, k, v = (t.unflatten(0, (sequences, tokens)) for t in (q, k, v))
+    return memory_efficient_attention(q, k, v).flatten(0, 1)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; with `pooled`, all but its attention on those rows alone."""
+
+    def __init__(self, config: "VisionConfig | TextConfig", *, qk_norm, causal, backend):
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.quick_gelu = config.activation == "quick_gelu"
+        self.norm1 = LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention = Attention(
+            width, config.heads, qk_norm=qk_norm, causal=causal, backend=backend
+        )
+        self.attention_out = nn.Linear(width, width)
+        self.norm2 = LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp_in = nn.Linear(width, hidden)
+        self.mlp_out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, layout: Layout, pooled: Tensor | None = None) -> Tensor:
+        attended = self.attention(self.norm1(x), layout)
+        if pooled is not None:
+            x, attended = x.index_select(0, pooled), attended.index_select(0, pooled)
+        x = x + self.attention_out(attended)
+        hidden = self.mlp_in(self.norm2(x))
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
+        return x + self.mlp_out(hidden)
+
+
+class Tower(nn.Module):
+    """What both towers share: blocks, pooling, the final norm and the projection."""
+
+    def __init__(self, config: "VisionConfig | TextConfig", embed_dim: int, **attention):
+        super().__init__()
+        self.activation_checkpointing = False
+        self.blocks: Any = nn.ModuleList([Block(config, **attention) for _ in range(config.depth)])
+        self.norm = LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(config.width, embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=config.width**-0.5)
+
+    def transform(self, x: Tensor, layout: Layout, pooled: Tensor) -> Tensor:
+        """Rows [rows, width] to the pooled rows [pooled, width], normalized, fp32."""
+        call: Any = self._checkpointed if self.activation_checkpointing else _plain
+        for block in self.blocks[:-1]:
+            x = call(block, x, layout)
+        x = call(self.blocks[-1], x, layout, pooled)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.norm(x.to(self.norm.weight.dtype))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Pooled rows [pooled, width] to unit-length features [pooled, embed_dim].
+
+        Projected and normalized in fp32 (a few rows: no cost), then rounded once to autocast's
+        dtype: the features carry one rounding of their own, not three.
+        """
+        device = pooled.device.type
+        with torch.autocast(device, enabled=False):
+            features = F.normalize(self.projection(pooled), dim=-1)
+        return features.to(_compute_dtype(features))
+
+    def _checkpointed(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+
+def _plain(block: nn.Module, *inputs: Any) -> Tensor:
+    return block(*inputs)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class VisionTransformer(Tower):
+    """The image tower: [batch, 3, size, size] to unit-length features [batch, embed_dim]."""
+
+    def __init__(self, config: "VisionConfig", embed_dim: int, backend: str):
+        super().__init__(config, embed_dim, qk_norm=config.qk_norm, causal=False, backend=backend)
+        width, self.patch_size = config.width, config.patch_size
+        self.image_size, self.patch_dropout = config.image_size, config.patch_dropout
+        self.patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embedding = nn.Linear(3 * config.patch_size**2, width, bias=config.patch_bias)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(self.patches + 1, width))
+        self.norm_pre = LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else None
+        if config.pre_norm:
+            # open_clip: PyTorch's defaults, of nn.MultiheadAttention in the attention.
+            nn.init.normal_(self.class_embedding, std=width**-0.5)
+            nn.init.normal_(self.positional_embedding, std=width**-0.5)
+            for block in self.blocks:
+                nn.init.xavier_uniform_(block.attention.qkv.weight)
+                nn.init.zeros_(block.attention.qkv.bias)
+                nn.init.zeros_(block.attention_out.bias)
+        else:
+            # LaCLIP's release: timm's embeddings; its own blocks replace timm's after timm's
+            # initialization has run, so that their linear layers keep PyTorch's defaults.
+            nn.init.normal_(self.class_embedding, std=1e-6)
+            nn.init.trunc_normal_(self.positional_embedding, std=0.02)
+
+    def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        return self.project(self.pool(images, sample_keys))
+
+    def pool(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        """Images to the normalized class token [batch, width], fp32, before the projection."""
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"images: found shape {list(images.shape)}, the model expects "
+                f"[batch, 3, {self.image_size}, {self.image_size}]. Set data's image size or "
+                "model.vision.image_size"
+            )
+        batch, side = len(images), self.image_size // self.patch_size
+        patches = images.unflatten(3, (side, -1)).unflatten(2, (side, -1))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, self.patches, -1)
+        positions = self.positional_embedding[1:].expand(batch, -1, -1)
+        if self.training and self.patch_dropout > 0:
+            if sample_keys is None:
+                raise ValueError(
+                    "model.vision.patch_dropout needs sample_keys in training, found None: pass "
+                    "an int64 key for each sample, equal for equal draws"
+                )
+            kept = kept_patches(sample_keys, self.patches, self.patch_dropout)[:, :, None]
+            patches = patches.gather(1, kept.expand(-1, -1, patches.shape[2]))
+            positions = positions.gather(1, kept.expand(-1, -1, positions.shape[2]))
+        x = self.patch_embedding(patches)
+        first = (self.class_embedding + self.positional_embedding[0]).expand(batch, 1, -1)
+        x = torch.cat([first.to(x.dtype), x + positions.to(x.dtype)], dim=1)
+        tokens = x.shape[1]
+        if self.norm_pre is not None:
+            x = self.norm_pre(x)
+        pooled = torch.arange(0, batch * tokens, tokens, device=x.device)
+        return self.transform(x.flatten(0, 1), Layout(((batch, tokens),)), pooled)
+
+
+class TextTransformer(Tower):
+    """The text tower: token ids [captions, tokens] to unit-length [captions, embed_dim]."""
+
+    def __init__(
+        self, config: "TextConfig", embed_dim: int, backend: str, vocab_size: int, eot_token: int
+    ):
+        super().__init__(config, embed_dim, qk_norm=False, causal=True, backend=backend)
+        width, self.context_length = config.width, config.context_length
+        self.vocab_size, self.eot_token, self.backend = vocab_size, eot_token, backend
+        self.packed = config.pool == "eot"
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        # As OpenAI's CLIP, open_clip and LaCLIP's release do.
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in self.blocks:
+            out_std = width**-0.5 * (2 * config.depth) ** -0.5
+            nn.init.normal_(block.attention.qkv.weight, std=width**-0.5)
+            nn.init.zeros_(block.attention.qkv.bias)
+            nn.init.normal_(block.attention_out.weight, std=out_std)
+            nn.init.zeros_(block.attention_out.bias)
+            nn.init.normal_(block.mlp_in.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp_out.weight, std=out_std)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        device = self.positional_embedding.device
+        captions, tokens = token_ids.shape
+        if tokens > self.context_length:
+            raise ValueError(
+                f"token_ids: found {tokens} tokens a caption, the model has "
+                f"{self.context_length} positions. Set model.text.context_length = {tokens} or "
+                "tokenize again"
+            )
+        if self.packed:
+            counts = self.measure(token_ids)
+            if self.backend == "sdpa":
+                rows, pooled, layout = group_captions(counts.lengths, counts.histogram, tokens)
+            else:
+                rows, pooled, layout = pack_captions(counts.lengths, tokens, self.backend)
+            rows, pooled = (t.to(device, non_blocking=True) for t in (rows, pooled))
+        else:
+            rows = torch.arange(captions * tokens, device=device)
+            pooled = torch.arange(tokens - 1, captions * tokens, tokens, device=device)
+            layout = Layout(((captions, tokens),))
+        ids = token_ids.to(device, non_blocking=True).flatten()[rows]
+        x = self.token_embedding(ids) + F.embedding(rows % tokens, self.positional_embedding)
+        return self.project(self.transform(x.to(_compute_dtype(x)), layout, pooled))
+
+    def measure(self, token_ids: Tensor) -> "CaptionCounts":
+        """The captions' lengths up to the first end-of-text token; refuses ids out of range.
+
+        Where token_ids lies on an accelerator this waits for it, once; on the CPU it does not.
+        """
+        ends = token_ids == self.eot_token
+        lengths = ends.int().argmax(dim=1) + 1
+        buckets = -(-token_ids.shape[1] // CAPTION_STEP)
+        histogram = torch.bincount((lengths - 1) // CAPTION_STEP, minlength=buckets)
+        low, high = torch.aminmax(token_ids)
+        facts = torch.cat([histogram, torch.stack([ends.any(dim=1).all(), low, high])]).tolist()
+        if facts[-2] < 0 or facts[-1] >= self.vocab_size:
+            raise ValueError(
+                f"token_ids: found ids from {facts[-2]} to {facts[-1]}, the model's vocabulary "
+                f"has {self.vocab_size}. Tokenize with the model's tokenizer: laclip tokenize"
+            )
+        if not facts[-3]:
+            missing = int((~ends.any(dim=1)).nonzero()[0, 0])
+            raise ValueError(
+                f"token_ids: caption {missing} has no end-of-text token ({self.eot_token}). "
+                "Tokenize with the model's tokenizer: laclip tokenize"
+            )
+        return CaptionCounts(lengths, facts[:-3])
+
+
+class CaptionCounts(NamedTuple):
+    lengths: Tensor  # [captions] int64
+    histogram: list[int]  # captions with a length of up to 8, 16, 24, ...
+
+
+def group_captions(
+    lengths: Tensor, histogram: list[int], tokens: int
+) -> tuple[Tensor, Tensor, Layout]:
+    """Groups captions of similar length, each padded to its group's length.
+
+    A group with less than a sixteenth of the captions joins the next longer one. The result is a
+    function of the lengths alone, so that a batch always runs in the same shapes.
+    lengths: [captions] int64. Returns the rows' places in the flattened [captions, tokens] grid,
+    each caption's pooled row, and the layout.
+    """
+    groups, waiting, smallest = [], 0, max(2, len(lengths) // 16)
+    last = max(i for i, count in enumerate(histogram) if count)
+    for i, count in enumerate(histogram[: last + 1]):
+        waiting += count
+        if waiting >= smallest or i == last:
+            groups.append((waiting, min((i + 1) * CAPTION_STEP, tokens)))
+            waiting = 0
+    order = torch.argsort(lengths, stable=True)
+    rows, begins, start = [], [], 0
+    for (count, length), captions in zip(groups, order.split([n for n, _ in groups])):
+        step = torch.arange(length, device=lengths.device)
+        rows.append((captions[:, None] * tokens + step).flatten())
+        begins.append(torch.arange(start, start + count * length, length, device=lengths.device))
+        start += count * length
+    pooled = torch.empty_like(lengths)
+    pooled[order] = torch.cat(begins) + lengths[order] - 1
+    return torch.cat(rows), pooled, Layout(tuple(groups))
+
+
+def pack_captions(lengths: Tensor, tokens: int, backend: str) -> tuple[Tensor, Tensor, Layout]:
+    """Puts captions end to end without any padding, for variable-length attention.
+
+    Arguments and result as in `group_captions`; the layout has bounds.
+    """
+    rows = (
+        (torch.arange(tokens, device=lengths.device) < lengths[:, None]).flatten().nonzero()[:, 0]
+    )
+    ends = lengths.cumsum(0)
+    bounds: Any = F.pad(ends, (1, 0)).int()
+    if backend == "xformers":
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+        bounds = BlockDiagonalCausalMask.from_seqlens(lengths.tolist())
+    return rows, ends - 1, Layout((), bounds, tokens)
+
+
+def kept_patches(sample_keys: Tensor, patches: int, dropout: float) -> Tensor:
+    """Chooses the patches that each sample keeps, as a function of its key alone.
+
+    Each (key, patch) gets splitmix64's hash; the patches with the smallest are kept.
+    sample_keys: [batch] int64. Returns [batch, max(1, int(patches * (1 - dropout)))] int64,
+    ascending.
+    """
+    kept = max(1, int(patches * (1 - dropout)))
+    index = torch.arange(1, patches + 1, device=sample_keys.device)
+    # 64-bit constants as signed numbers; int64 products wrap, and the shifts are made logical.
+    z = _mix(sample_keys.long())[:, None] + index * -0x61C8864680B583EB
+    return _mix(z).argsort(dim=1, stable=True)[:, :kept].sort(dim=1).values
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+class _ClampScale(torch.autograd.Function):
+    """min(x, ln 100), whose gradient is stopped only where descent would push x further out."""
+
+    @staticmethod
+    def forward(ctx, log_scale):
+        ctx.save_for_backward(log_scale)
+        return log_scale.clamp(max=MAX_LOG_SCALE)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (log_scale,) = ctx.saved_tensors
+        outward = (log_scale >= MAX_LOG_SCALE) & (gradient < 0)
+        return gradient.masked_fill(outward, 0.0)
+
+
+class CLIP(nn.Module):
+    """An image tower, a text tower, and the scale (for the sigmoid loss also the bias) of logits.
+
+    logit_scale is a logarithm, fp32, of shape [1] as DeepSpeed needs it; so is logit_bias.
+    """
+
+    logit_bias: nn.Parameter | None
+
+    def __init__(self, image: VisionTransformer, text: TextTransformer, init_logit_scale: float):
+        super().__init__()
+        self.image, self.text = image, text
+        self.logit_scale = nn.Parameter(torch.full([1], init_logit_scale))
+        self.register_parameter("logit_bias", None)  # build_model(siglip=True) sets it
+
+    def encode_image(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        """Unit-length features [batch, embed_dim] of images [batch, 3, size, size].
+
+        sample_keys: [batch] int64, needed where patch dropout is active (training only). Features
+        have autocast's dtype; without autocast the parameters'.
+        """
+        return self.image(images, sample_keys)
+
+    def encode_text(self, token_ids: Tensor) -> Tensor:
+        """Unit-length features [..., embed_dim] of token_ids [..., tokens] int32, in one pass.
+
+        token_ids may lie on the CPU while the model is on an accelerator: laying out the captions
+        then waits for nothing.
+        """
+        features = self.text(token_ids.flatten(0, -2))
+        return features.unflatten(0, token_ids.shape[:-1])
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        sample_keys: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Returns (image_features, text_features, logit_scale), and logit_bias where there is one.
+
+        The features of a tower whose input is None are None. logit_scale: 0-d fp32,
+        exponentiated, at most 100; logit_bias: 0-d fp32.
+        """
+        image_features = None if images is None else self.encode_image(images, sample_keys)
+        text_features = None if token_ids is None else self.encode_text(token_ids)
+        logit_scale = _ClampScale.apply(self.logit_scale.float()).exp().squeeze(0)
+        if self.logit_bias is None:
+            return image_features, text_features, logit_scale
+        return image_features, text_features, logit_scale, self.logit_bias.float().squeeze(0)
+
+
+def build_model(
+    config: "ModelConfig", vocab_size: int, eot_token: int, siglip: bool = False
+) -> CLIP:
+    """Builds a model with fresh weights from torch's generator.
+
+    vocab_size, eot_token: the tokenizer's. siglip: add logit_bias, starting at -10 (arXiv
+    2303.15343). Raises ValueError where the configuration does not fit together.
+    """
+    check_config(config, vocab_size, eot_token)
+    image = VisionTransformer(config.vision, config.embed_dim, config.attention)
+    text = TextTransformer(config.text, config.embed_dim, config.attention, vocab_size, eot_token)
+    model = CLIP(image, text, config.init_logit_scale)
+    if siglip:
+        model.logit_bias = nn.Parameter(torch.full([1], -10.0))
+    for tower, locked in ((image, config.lock_image), (text, config.lock_text)):
+        tower.activation_checkpointing = config.activation_checkpointing
+        tower.requires_grad_(not locked)
+    return model
+
+
+def check_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> None:
+    """Raises ValueError where the model's configuration does not fit together."""
+    vision, text = config.vision, config.text
+    if vision.image_size % vision.patch_size:
+        raise ValueError(
+            f"model.vision.image_size: {vision.image_size} is no multiple of patch_size "
+            f"{vision.patch_size}. Use {vision.image_size // vision.patch_size * vision.patch_size}"
+        )
+    for name, tower in (("vision", vision), ("text", text)):
+        if tower.width % tower.heads:
+            raise ValueError(
+                f"model.{name}.width: {tower.width} is no multiple of heads {tower.heads}"
+            )
+        if tower.depth < 1:
+            raise ValueError(f"model.{name}.depth: found {tower.depth}, expected 1 or more")
+        if tower.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"model.{name}.activation: found {tower.activation!r}, expected one of "
+                f"{', '.join(ACTIVATIONS)}"
+            )
+    if not 0 <= vision.patch_dropout < 1:
+        raise ValueError(
+            f"model.vision.patch_dropout: found {vision.patch_dropout}, expected 0 <= share < 1"
+        )
+    if text.pool not in ("eot", "last"):
+        raise ValueError(f"model.text.pool: found {text.pool!r}, expected eot or last")
+    if not 0 <= eot_token < vocab_size:
+        raise ValueError(
+            f"tokenizer: its end-of-text token {eot_token} lies outside its vocabulary of "
+            f"{vocab_size}"
+        )
+    if config.attention not in ATTENTION_PACKAGES:
+        raise ValueError(
+            f"model.attention: found {config.attention!r}, expected one of "
+            f"{', '.join(ATTENTION_PACKAGES)}"
+        )
+    package = ATTENTION_PACKAGES[config.attention]
+    if importlib.util.find_spec(package) is None:
+        extra = config.attention.replace("_", "-")
+        raise ValueError(
+            f"model.attention: {config.attention!r} needs the package {extra}, which is not "
+            f'installed. Run: pip install "laclip[{extra}]", or set model.attention = "sdpa"'
+        )
+
+
+def compile_blocks(model: CLIP) -> None:
+    """Compiles every block in place; parameters and their names stay as they are."""
+    for tower in (model.image, model.text):
+        for block in tower.blocks:
+            block.compile()
+
+
+def load_weights(model: CLIP, path: str | Path) -> None:
+    """Loads a state dict of this model, written by torch.save, plain or under "state_dict".
+
+    Raises FileNotFoundError, and ValueError that names missing, extra and misshapen entries.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"model.weights: no file {path}")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"model.weights: {path} is damaged, or was not written by laclip "
+            f"({str(error).splitlines()[0]}). Weights of other projects go through: laclip import"
+        ) from error
+    found = loaded.get("state_dict", loaded)
+    expected = model.state_dict()
+    problems = [
+        *_listing("missing", expected.keys() - found.keys()),
+        *_listing("not in this model", found.keys() - expected.keys()),
+        *_listing(
+            "of another shape",
+            (
+                f"{name} {list(found[name].shape)}, expected {list(expected[name].shape)}"
+                for name in expected.keys() & found.keys()
+                if found[name].shape != expected[name].shape
+            ),
+        ),
+    ]
+    if problems:
+        raise ValueError(
+            f"model.weights: {path} does not hold this model's weights: {'; '.join(problems)}. "
+            "Set the model's section to the file's architecture; weights of open_clip, "
+            "Hugging Face or LaCLIP's release go through: laclip import"
+        )
+    model.load_state_dict(found)
+
+
+def _listing(what: str, names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    if not names:
+        return []
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"{what}: {', '.join(names[:5])}{more}"]

@@ -1,0 +1,50 @@
+"""The presets against the real packages: open_clip, timm, transformers."""
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from laclip.config import PRESETS
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """What tests/oracles/parity.py found, by kind and preset."""
+    command = [sys.executable, "requirements/oracles.py", "tests/oracles/parity.py"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = defaultdict(dict)
+    for line in done.stdout.splitlines():
+        for kind, values in json.loads(line).items():
+            found[kind][values.get("preset")] = values
+    return found
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_has_as_many_parameters_as_its_original(oracle, preset):
+    assert oracle["count"][preset]["parameters"] == oracle["count"][preset]["expected"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_features_and_gradients_equal_the_originals_on_the_same_weights(oracle, preset):
+    assert oracle["parity"][preset]["features"] <= 1e-5
+    assert oracle["parity"][preset]["gradients"] <= 1e-4
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fresh_weights_are_distributed_as_the_originals(oracle, preset):
+    # In standard errors of a tensor's mean; the largest of about 60 tensors.
+    assert oracle["initialization"][preset]["deviation"] <= 6, oracle["initialization"][preset]
+
+
+def test_export_is_a_clip_model_that_transformers_loads_and_gives_back(oracle):
+    found = oracle["hugging_face"][None]
+    assert found["features"] <= 1e-5
+    assert found["scale"] <= 1e-5
+    assert found["back"] is True
