@@ -129,7 +129,8 @@ class Tokenizer:
         """True where this call made the table, so that another try may need less cleaning."""
         if self._table_made:
             return False
-        self._table = character_table()
+        arrays = character_table()
+        self._table = None if arrays is None else _native.CharacterTable(*arrays)
         self._table_made = True
         return self._table is not None
 
