@@ -5,6 +5,9 @@
 
 namespace {
 
+template <typename T>
+using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
 // A vector as a NumPy array that owns it.
 template <typename T>
 auto to_numpy(std::vector<T> values) {
@@ -42,6 +45,18 @@ std::vector<laclip::Text> as_texts(const nb::tuple& strings) {
 
 void bind_tokenizer(nb::module_& module) {
   using laclip::Bpe;
+  using laclip::CharacterTable;
+  const auto as_span = [](const auto& array) { return std::span(array.data(), array.size()); };
+  nb::class_<CharacterTable>(module, "CharacterTable", "Made by laclip.text_clean.")
+      .def(
+          "__init__",
+          [as_span](CharacterTable* self, const Array<std::uint32_t>& entries,
+                    const Array<std::uint8_t>& combining, const Array<std::uint16_t>& suspicious,
+                    const Array<std::uint64_t>& compositions) {
+            new (self) CharacterTable(as_span(entries), as_span(combining), as_span(suspicious),
+                                      as_span(compositions));
+          },
+          "entries"_a, "combining"_a, "suspicious"_a, "compositions"_a);
   using Rows = nb::ndarray<std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
   const auto form = [](bool words) {
     return words ? laclip::TextForm::kWords : laclip::TextForm::kRaw;
@@ -55,24 +70,24 @@ void bind_tokenizer(nb::module_& module) {
           "merges"_a)
       .def(
           "encode_ragged",
-          [form](const Bpe& bpe, const nb::tuple& strings, bool words, std::size_t max_tokens,
-                 unsigned threads) {
+          [form](const Bpe& bpe, const CharacterTable* table, const nb::tuple& strings, bool words,
+                 std::size_t max_tokens, unsigned threads) {
             const auto texts = as_texts(strings);
             laclip::RaggedTokens ragged;
             {
               nb::gil_scoped_release release;
-              ragged = encode_ragged(bpe, texts, form(words), max_tokens, threads);
+              ragged = encode_ragged(bpe, table, texts, form(words), max_tokens, threads);
             }
             return nb::make_tuple(to_numpy(std::move(ragged.tokens)),
                                   to_numpy(std::move(ragged.lengths)),
                                   to_numpy(std::move(ragged.unclean)));
           },
-          "texts"_a, "words"_a, "max_tokens"_a, "num_threads"_a,
+          "table"_a.none(), "texts"_a, "words"_a, "max_tokens"_a, "num_threads"_a,
           "Tokens, the number of each text's, and the numbers of the texts to clean first.")
       .def(
           "encode_padded",
-          [form](const Bpe& bpe, const nb::tuple& strings, bool words, const Rows& out,
-                 unsigned threads) {
+          [form](const Bpe& bpe, const CharacterTable* table, const nb::tuple& strings, bool words,
+                 const Rows& out, unsigned threads) {
             if (out.shape(0) != strings.size() || out.shape(1) < 2) {
               throw nb::value_error("out does not have one row of two or more ids per text");
             }
@@ -80,11 +95,12 @@ void bind_tokenizer(nb::module_& module) {
             std::vector<std::int64_t> unclean;
             {
               nb::gil_scoped_release release;
-              unclean = encode_padded(bpe, texts, form(words), out.shape(1), out.data(), threads);
+              unclean =
+                  encode_padded(bpe, table, texts, form(words), out.shape(1), out.data(), threads);
             }
             return to_numpy(std::move(unclean));
           },
-          "texts"_a, "words"_a, "out"_a.noconvert(), "num_threads"_a,
+          "table"_a.none(), "texts"_a, "words"_a, "out"_a.noconvert(), "num_threads"_a,
           "Fills `out` and returns the numbers of the texts to clean first.")
       .def(
           "bytes_of",

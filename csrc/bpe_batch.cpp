@@ -40,14 +40,14 @@ class WordCache {
 
 class Encoder {
  public:
-  Encoder(const Bpe& bpe, TextForm form, std::size_t texts)
-      : bpe_(bpe), form_(form), cache_(texts) {}
+  Encoder(const Bpe& bpe, const CharacterTable* table, TextForm form, std::size_t texts)
+      : bpe_(bpe), table_(table), form_(form), cache_(texts) {}
 
   // Appends at most `max_tokens` ids of the text; false where it needs cleaning.
   bool encode(const Text& text, std::size_t max_tokens, std::vector<Bpe::Token>& tokens) {
     if (form_ == TextForm::kWords) {
       copy_words(text, clean_);
-    } else if (!clean_text(text, clean_)) {
+    } else if (!clean_text(text, table_, clean_)) {
       return false;
     }
     const std::size_t begin = tokens.size();
@@ -95,6 +95,7 @@ class Encoder {
   }
 
   const Bpe& bpe_;
+  const CharacterTable* table_;
   TextForm form_;
   WordCache cache_;
   CleanText clean_;
@@ -134,15 +135,15 @@ std::vector<std::int64_t> join(const std::vector<std::vector<std::int64_t>>& par
 
 }  // namespace
 
-RaggedTokens encode_ragged(const Bpe& bpe, std::span<const Text> texts, TextForm form,
-                           std::size_t max_tokens, unsigned threads) {
+RaggedTokens encode_ragged(const Bpe& bpe, const CharacterTable* table, std::span<const Text> texts,
+                           TextForm form, std::size_t max_tokens, unsigned threads) {
   const std::size_t parts = parts_of(texts.size(), threads);
   std::vector<std::vector<Bpe::Token>> tokens(parts);
   std::vector<std::vector<std::int64_t>> unclean(parts);
   RaggedTokens result;
   result.lengths.resize(texts.size());
   run_parts(texts.size(), parts, [&](std::size_t part, std::size_t begin, std::size_t end) {
-    Encoder encoder(bpe, form, end - begin);
+    Encoder encoder(bpe, table, form, end - begin);
     std::vector<Bpe::Token>& out = tokens[part];
     out.reserve(16 * (end - begin));
     for (std::size_t i = begin; i < end; ++i) {
@@ -161,13 +162,14 @@ RaggedTokens encode_ragged(const Bpe& bpe, std::span<const Text> texts, TextForm
   return result;
 }
 
-std::vector<std::int64_t> encode_padded(const Bpe& bpe, std::span<const Text> texts, TextForm form,
+std::vector<std::int64_t> encode_padded(const Bpe& bpe, const CharacterTable* table,
+                                        std::span<const Text> texts, TextForm form,
                                         std::size_t context_length, std::int32_t* rows,
                                         unsigned threads) {
   const std::size_t parts = parts_of(texts.size(), threads);
   std::vector<std::vector<std::int64_t>> unclean(parts);
   run_parts(texts.size(), parts, [&](std::size_t part, std::size_t begin, std::size_t end) {
-    Encoder encoder(bpe, form, end - begin);
+    Encoder encoder(bpe, table, form, end - begin);
     std::vector<Bpe::Token> tokens;
     for (std::size_t i = begin; i < end; ++i) {
       tokens.clear();

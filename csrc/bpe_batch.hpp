@@ -19,13 +19,14 @@ struct RaggedTokens {
 };
 
 // Ids without special tokens, at most `max_tokens` per text.
-RaggedTokens encode_ragged(const Bpe& bpe, std::span<const Text> texts, TextForm form,
-                           std::size_t max_tokens, unsigned threads);
+RaggedTokens encode_ragged(const Bpe& bpe, const CharacterTable* table, std::span<const Text> texts,
+                           TextForm form, std::size_t max_tokens, unsigned threads);
 
 // Row i of `rows` [texts, context_length] becomes start of text, ids, end of text, zeros; ids that
 // do not fit are cut. Returns the numbers of the texts that clean_text refused, whose rows hold no
 // ids. `context_length` is at least 2.
-std::vector<std::int64_t> encode_padded(const Bpe& bpe, std::span<const Text> texts, TextForm form,
+std::vector<std::int64_t> encode_padded(const Bpe& bpe, const CharacterTable* table,
+                                        std::span<const Text> texts, TextForm form,
                                         std::size_t context_length, std::int32_t* rows,
                                         unsigned threads);
 

@@ -5,25 +5,20 @@ clip/simple_tokenizer.py) for every Python string. `csrc/` does the work; `Refer
 its slow and obvious twin, which the tests hold it to.
 """
 
-import functools
 import gzip
 import hashlib
-import html
 import itertools
-import re
 from pathlib import Path
 
 import numpy as np
 
-from laclip import _native
+import laclip._native as _native
+from laclip.text_clean import character_table, clean_text, split_words
 
 VOCABULARY = Path(__file__).parent / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 RULES = 1  # raised whenever the ids of any text change
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
-WORDS = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
 
 
 def load_tokenizer(spec="clip"):
@@ -54,40 +49,6 @@ def read_merges(path=VOCABULARY):
     return gzip.decompress(packed)
 
 
-@functools.cache
-def _cleaning():
-    """ftfy's fixer and the words' pattern; imported late, as plain English needs neither."""
-    import ftfy
-    import regex
-
-    return ftfy.fix_text, regex.compile(r"\s+"), regex.compile(WORDS, regex.IGNORECASE)
-
-
-# Python refuses to read decimal numbers of more digits than this, so html.unescape raises.
-_MAX_DIGITS = 4300
-_LONG_REFERENCE = re.compile(rf"&#([0-9]{{{_MAX_DIGITS},}})")
-
-
-def _unescape(text):
-    if len(text) > _MAX_DIGITS:
-        # Eight digits say as well as a million that there is no such character.
-        text = _LONG_REFERENCE.sub(lambda m: f"&#{m[1].lstrip('0')[:8] or '0'}", text)
-    return html.unescape(text)
-
-
-def clean_text(text):
-    """The text as the vocabulary expects it: mended by ftfy, entities resolved, white space
-    squeezed, lower case."""
-    fix, spaces, _ = _cleaning()
-    text = _unescape(_unescape(fix(text))).strip()
-    return spaces.sub(" ", text).strip().lower()
-
-
-def split_words(text):
-    """The words of a cleaned text; each is encoded on its own."""
-    return _cleaning()[2].findall(text)
-
-
 def _as_strings(texts):
     if isinstance(texts, str):
         raise TypeError("found one str, expected several: pass [text]")
@@ -99,6 +60,8 @@ class Tokenizer:
 
     def __init__(self):
         self._bpe = _native.Bpe(read_merges())
+        self._table = None  # of characters beyond ASCII, made when the first comes
+        self._table_made = False
         self.vocab_size = 49408
         self.sot_token = 49406
         self.eot_token = 49407
@@ -119,10 +82,14 @@ class Tokenizer:
         """
         texts = _as_strings(texts)
         out = _rows(len(texts), context_length, num_threads, out)
-        unclean = self._bpe.encode_padded(texts, False, out, num_threads)
+        unclean = self._bpe.encode_padded(self._table, texts, False, out, num_threads)
         if len(unclean):
             rows = np.empty((len(unclean), context_length), np.int32)
-            self._bpe.encode_padded(_joined_words(texts, unclean), True, rows, num_threads)
+            rest = tuple(texts[i] for i in unclean.tolist())
+            if self._make_table():
+                self.encode_batch(rest, context_length, num_threads, rows)
+            else:
+                self._bpe.encode_padded(None, _joined_words(rest), True, rows, num_threads)
             out[unclean] = rows
         return out
 
@@ -139,18 +106,32 @@ class Tokenizer:
             max_tokens = 2**62
         elif max_tokens < 0:
             raise ValueError(f"max_tokens: found {max_tokens}, expected 0 or more")
-        tokens, lengths, unclean = self._bpe.encode_ragged(texts, False, max_tokens, num_threads)
+        tokens, lengths, unclean = self._bpe.encode_ragged(
+            self._table, texts, False, max_tokens, num_threads
+        )
         offsets = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
         if len(unclean):
-            words = _joined_words(texts, unclean)
-            inserted, inserted_lengths, _ = self._bpe.encode_ragged(
-                words, True, max_tokens, num_threads
-            )
-            np.cumsum(lengths, out=offsets[1:])
+            rest = tuple(texts[i] for i in unclean.tolist())
+            if self._make_table():
+                inserted, inserted_offsets = self.encode_ragged(rest, num_threads, max_tokens)
+                inserted_lengths = np.diff(inserted_offsets)
+            else:
+                inserted, inserted_lengths, _ = self._bpe.encode_ragged(
+                    None, _joined_words(rest), True, max_tokens, num_threads
+                )
             tokens = np.insert(tokens, np.repeat(offsets[unclean], inserted_lengths), inserted)
             lengths[unclean] = inserted_lengths
-        np.cumsum(lengths, out=offsets[1:])
+            np.cumsum(lengths, out=offsets[1:])
         return tokens, offsets
+
+    def _make_table(self):
+        """True where this call made the table, so that another try may need less cleaning."""
+        if self._table_made:
+            return False
+        self._table = character_table()
+        self._table_made = True
+        return self._table is not None
 
     def decode(self, ids):
         """The text of ids, cleaned as it was: lower case, a space after each word. Bytes that are
@@ -213,9 +194,9 @@ class ReferenceTokenizer:
         return bytes(self._bytes[c] for c in text).decode(errors="replace").replace("</w>", " ")
 
 
-def _joined_words(texts, numbers):
+def _joined_words(texts):
     # A word has no white space, so a space can stand between two.
-    return tuple(" ".join(split_words(clean_text(texts[i]))) for i in numbers.tolist())
+    return tuple(" ".join(split_words(clean_text(text))) for text in texts)
 
 
 def _check_threads(num_threads):
