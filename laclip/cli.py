@@ -5,8 +5,11 @@ import importlib
 import sys
 
 COMMANDS = {
+    "pack": ("laclip.prepare.pack", "a list of image paths and captions into webdataset shards"),
     "index": ("laclip.prepare.index", "scan webdataset tars into sample indexes"),
     "tokenize": ("laclip.prepare.tokenize", "captions and rewrites into the caption store"),
+    "verify": ("laclip.prepare.verify", "check every file of a dataset against every other"),
+    "inspect": ("laclip.prepare.inspect", "look at a dataset, as text or as a page"),
 }
 
 

@@ -5,14 +5,15 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from laclip import _native
-from laclip.dataset import BAD, FORMAT, VERSION, CaptionsTable, SamplesTable
+from laclip.dataset import BAD, FORMAT, VERSION, CaptionsTable, SamplesTable, checksum_hex
 
 _HOST = re.sub("[^A-Za-z0-9]", "_", os.uname().nodename)
 
@@ -22,8 +23,9 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def write_whole(path: Path, chunks: Iterable[Any]) -> None:
-    """Write a file so that at any moment the old or the new one is there, whole.
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, such that at any moment the old or the new one is there, whole.
 
     A temporary name beside it, synced, renamed, the folder synced. On any error the temporary file
     is removed; one that a killed process left is removed by the next `remove_leftovers`.
@@ -31,8 +33,7 @@ def write_whole(path: Path, chunks: Iterable[Any]) -> None:
     temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -44,6 +45,13 @@ def write_whole(path: Path, chunks: Iterable[Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_whole(path: Path, chunks: Iterable[Any]) -> None:
+    """Write a file from its parts, whole or not at all."""
+    with whole_file(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
 
 
 def seal(header: np.ndarray, parts: Iterable[bytes | np.ndarray]) -> list[np.ndarray]:
@@ -133,13 +141,21 @@ def write_manifest(
         "tokenizer": tokenizer if tokenized else None,
         "libraries": libraries,
     }
-    lines = [
-        "    " + json.dumps({**shard, "captions_checksum": checksum if tokenized else None})
+    entries = [
+        {**shard, "captions_checksum": checksum if tokenized else None}
         for shard, checksum in zip(shards, checksums, strict=True)
     ]
-    text = json.dumps(head, indent=2)[:-2] + ',\n  "shards": [\n' + ",\n".join(lines) + "\n  ]\n}\n"
-    write_whole(folder / "dataset.json", [text.encode()])
+    write_whole(folder / "dataset.json", [manifest_text({**head, "shards": entries})])
     return tokenized
+
+
+def manifest_text(manifest: dict) -> bytes:
+    """dataset.json as it is written: a shard a line, and last a checksum of all the rest."""
+    head = {k: v for k, v in manifest.items() if k not in ("shards", "checksum")}
+    lines = ",\n".join("    " + json.dumps(shard) for shard in manifest["shards"])
+    text = json.dumps(head, indent=2)[:-2] + ',\n  "shards": [\n' + lines + "\n  ]"
+    checksum = checksum_hex(text.encode())
+    return f'{text},\n  "checksum": "{checksum}"\n}}\n'.encode()
 
 
 def _captions_checksum(

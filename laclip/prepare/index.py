@@ -63,6 +63,7 @@ def index(
     found = run_shards(
         index_shard,
         [(path, decode, force) for path in paths],
+        total=len(paths),
         label="index",
         jobs=jobs,
         ray=ray,

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from typing import Any
@@ -28,8 +28,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_shards(
     function: Callable[..., Any],
-    tasks: Sequence[tuple],
+    tasks: Iterable[tuple],
     *,
+    total: int,
     label: str,
     jobs: int = 1,
     ray: bool = False,
@@ -37,15 +38,16 @@ def run_shards(
 ) -> list[Any]:
     """`[function(*task) for task in tasks]`, in parallel, in order, with a line of progress.
 
-    `function` is a module-level function; `weigh(result)` gives what the progress line adds up and
-    its unit. The first exception stops the run: shards already done stay done.
+    `function` is a module-level function; there are `total` tasks; `weigh(result)` gives what the
+    progress line adds up and its unit. The first exception stops the run: shards already done stay
+    done.
     """
-    results: list[Any] = [None] * len(tasks)
-    progress = _Progress(label, len(tasks))
+    results: list[Any] = [None] * total
+    progress = _Progress(label, total)
     if ray:
         finished = _on_ray(function, tasks)
-    elif jobs > 1 and len(tasks) > 1:
-        finished = _on_processes(function, tasks, min(jobs, len(tasks)))
+    elif jobs > 1 and total > 1:
+        finished = _on_processes(function, tasks, min(jobs, total))
     else:
         finished = ((i, function(*task)) for i, task in enumerate(tasks))
     for index, result in finished:

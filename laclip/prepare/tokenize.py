@@ -221,6 +221,7 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
     results = run_shards(
         tokenize_shard,
         tasks,
+        total=len(tasks),
         label="tokenize",
         jobs=jobs,
         ray=ray,
@@ -380,12 +381,19 @@ def _write(path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, n
 def _count(table: CaptionsTable, variant: int, count: VariantCount) -> None:
     entries = table.entries[variant : table.count * table.variants : table.variants]
     lengths = np.diff(table.entries & POSITION_MASK)[variant :: table.variants]
-    missing = entries & CAPTION_MISSING != 0
-    count.missing = int(np.count_nonzero(missing))
+    count.missing = int(np.count_nonzero(entries & CAPTION_MISSING))
     count.short = int(np.count_nonzero(entries & CAPTION_SHORT))
     count.over_context = int(np.count_nonzero(lengths > CONTEXT_TOKENS))
-    bins = np.searchsorted(BINS, lengths[~missing], side="right") - 1
-    count.lengths = np.bincount(bins, minlength=len(BINS)).astype(np.int64)
+    count.lengths = read_lengths(table, variant)
+
+
+def read_lengths(table: CaptionsTable, variant: int) -> np.ndarray:
+    """How many captions of a variant have so many tokens, int64 [len(BINS)]; missing ones apart."""
+    entries = table.entries[variant : table.count * table.variants : table.variants]
+    lengths = np.diff(table.entries & POSITION_MASK)[variant :: table.variants]
+    present = lengths[entries & CAPTION_MISSING == 0]
+    bins = np.searchsorted(BINS, present, side="right") - 1
+    return np.bincount(bins, minlength=len(BINS)).astype(np.int64)
 
 
 class _ShardTexts:
