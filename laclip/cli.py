@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:  # a full disk, a lack of rights: no fault of ours to trace
+        print(f"laclip {args.command}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -123,17 +123,20 @@ def samples_summary(path: Path) -> dict:
 def write_manifest(
     folder: Path,
     shards: list[dict],
+    captions: dict[str, str],
     variants: list[str],
     tokenizer: str | None,
     libraries: dict[str, str],
 ) -> bool:
     """Write dataset.json from the shards' entries (`samples_summary`), in their order.
 
-    Captions are recorded only if every shard has them for just these samples, variants and
-    tokenizer; otherwise the dataset counts as not tokenized. Returns whether they are recorded.
+    captions: the checksum of each shard's .captions file, by the shard's name. They are recorded
+    only if every shard still has just that file, made for just these samples; otherwise the dataset
+    counts as not tokenized. Returns whether they are recorded.
     """
-    checksums = [_captions_checksum(folder, shard, len(variants), tokenizer) for shard in shards]
-    tokenized = bool(variants) and None not in checksums
+    tokenized = bool(variants) and all(
+        _has_captions(folder, shard, captions.get(shard["name"])) for shard in shards
+    )
     head = {
         "format": FORMAT,
         "version": VERSION,
@@ -142,8 +145,8 @@ def write_manifest(
         "libraries": libraries,
     }
     entries = [
-        {**shard, "captions_checksum": checksum if tokenized else None}
-        for shard, checksum in zip(shards, checksums, strict=True)
+        {**shard, "captions_checksum": captions[shard["name"]] if tokenized else None}
+        for shard in shards
     ]
     write_whole(folder / "dataset.json", [manifest_text({**head, "shards": entries})])
     return tokenized
@@ -158,17 +161,12 @@ def manifest_text(manifest: dict) -> bytes:
     return f'{text},\n  "checksum": "{checksum}"\n}}\n'.encode()
 
 
-def _captions_checksum(
-    folder: Path, shard: dict, variants: int, tokenizer: str | None
-) -> str | None:
+def _has_captions(folder: Path, shard: dict, checksum: str | None) -> bool:
     try:
-        captions = CaptionsTable(folder / f"{shard['name'].removesuffix('.tar')}.captions")
+        table = CaptionsTable(folder / f"{shard['name'].removesuffix('.tar')}.captions")
     except (FileNotFoundError, ValueError):
-        return None
-    fits = (
-        f"{int(captions.header['samples_checksum']):016x}" == shard["samples_checksum"]
-        and captions.variants == variants
-        and captions.tokenizer == tokenizer
-        and captions.count == shard["samples"]
+        return False
+    return (
+        f"{int(table.header['checksum']):016x}" == checksum
+        and f"{int(table.header['samples_checksum']):016x}" == shard["samples_checksum"]
     )
-    return f"{int(captions.header['checksum']):016x}" if fits else None

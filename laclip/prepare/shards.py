@@ -3,10 +3,12 @@
 import argparse
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 
@@ -59,7 +61,8 @@ def run_shards(
 
 def _on_processes(function, tasks, jobs: int) -> Iterator[tuple[int, Any]]:
     # spawn: a fork of a process with threads may hang.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool:
         waiting = iter(enumerate(tasks))
         running: dict[Any, int] = {}
         try:
@@ -73,6 +76,19 @@ def _on_processes(function, tasks, jobs: int) -> Iterator[tuple[int, Any]]:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next shard for ever."""
+    parent = parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch():
+        wait_for([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _on_ray(function, tasks) -> Iterator[tuple[int, Any]]:
