@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,30 +54,6 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(input).to(input.dtype)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention without the output projection, which the block applies."""
-
-    def __init__(self, width: int, heads: int, *, qk_norm: bool, causal: bool, backend: str):
-        super().__init__()
-        self.heads, self.causal, self.backend = heads, causal, backend
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = LayerNorm(width // heads, eps=1e-6) if qk_norm else None
-        self.k_norm = LayerNorm(width // heads, eps=1e-6) if qk_norm else None
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Rows [rows, width] to rows [rows, width]."""
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # [rows, heads, head_dim]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.backend == "flash_attn":
-            attended = flash_attention(q, k, v, layout, self.causal)
-        elif self.backend == "xformers":
-            attended = xformers_attention(q, k, v, layout)
-        else:
-            attended = sdpa_attention(q, k, v, layout, self.causal)
-        return attended.reshape(x.shape)
-
-
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool) -> Tensor:
     """PyTorch's attention, a group at a time; is_causal, as a mask would rule out fast kernels."""
     outputs, start = [], 0
@@ -111,7 +88,6 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: boo
     )
 
 
-@torch.compiler.disable
 def xformers_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """The xformers package; its mask object carries the captions' bounds."""
     from xformers.ops import memory_efficient_attention
@@ -125,25 +101,47 @@ def xformers_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tenso
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; with `pooled`, all but its attention on those rows alone."""
+    """A pre-norm transformer block; with `pooled`, all but its attention on those rows alone.
 
-    def __init__(self, config: "VisionConfig | TextConfig", *, qk_norm, causal, backend):
+    `before` and `after` are what compile_blocks compiles: they see rows alone. The attention
+    between them stays out of the graphs, as the captions' groups would make a new one a batch.
+    """
+
+    def __init__(self, config: "VisionConfig | TextConfig", qk_norm: bool, causal: bool, backend):
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.heads, self.causal, self.backend = config.heads, causal, backend
         self.quick_gelu = config.activation == "quick_gelu"
         self.norm1 = LayerNorm(width, eps=config.layer_norm_eps)
-        self.attention = Attention(
-            width, config.heads, qk_norm=qk_norm, causal=causal, backend=backend
-        )
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = LayerNorm(width // config.heads, eps=1e-6) if qk_norm else None
+        self.k_norm = LayerNorm(width // config.heads, eps=1e-6) if qk_norm else None
         self.attention_out = nn.Linear(width, width)
         self.norm2 = LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, layout: Layout, pooled: Tensor | None = None) -> Tensor:
-        attended = self.attention(self.norm1(x), layout)
+        q, k, v = self.before(x)
+        if self.backend == "flash_attn":
+            attended = flash_attention(q, k, v, layout, self.causal)
+        elif self.backend == "xformers":
+            attended = xformers_attention(q, k, v, layout)
+        else:
+            attended = sdpa_attention(q, k, v, layout, self.causal)
+        attended = attended.reshape(x.shape)
         if pooled is not None:
             x, attended = x.index_select(0, pooled), attended.index_select(0, pooled)
+        return self.after(x, attended)
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [rows, width] to queries, keys and values [rows, heads, head_dim]."""
+        q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.heads, -1).unbind(1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.attention_out(attended)
         hidden = self.mlp_in(self.norm2(x))
         hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
@@ -213,8 +211,8 @@ class VisionTransformer(Tower):
             nn.init.normal_(self.class_embedding, std=width**-0.5)
             nn.init.normal_(self.positional_embedding, std=width**-0.5)
             for block in self.blocks:
-                nn.init.xavier_uniform_(block.attention.qkv.weight)
-                nn.init.zeros_(block.attention.qkv.bias)
+                nn.init.xavier_uniform_(block.qkv.weight)
+                nn.init.zeros_(block.qkv.bias)
                 nn.init.zeros_(block.attention_out.bias)
         else:
             # LaCLIP's release: timm's embeddings; its own blocks replace timm's after timm's
@@ -273,8 +271,8 @@ class TextTransformer(Tower):
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.blocks:
             out_std = width**-0.5 * (2 * config.depth) ** -0.5
-            nn.init.normal_(block.attention.qkv.weight, std=width**-0.5)
-            nn.init.zeros_(block.attention.qkv.bias)
+            nn.init.normal_(block.qkv.weight, std=width**-0.5)
+            nn.init.zeros_(block.qkv.bias)
             nn.init.normal_(block.attention_out.weight, std=out_std)
             nn.init.zeros_(block.attention_out.bias)
             nn.init.normal_(block.mlp_in.weight, std=(2 * width) ** -0.5)
@@ -531,10 +529,16 @@ def check_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> None
 
 
 def compile_blocks(model: CLIP) -> None:
-    """Compiles every block in place; parameters and their names stay as they are."""
+    """Compiles every block in place; parameters and their names stay as they are.
+
+    One graph serves all blocks of a tower, and any number of rows from the second number on. They
+    count together against PyTorch's limit, which is raised: beyond it blocks would run uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for tower in (model.image, model.text):
         for block in tower.blocks:
-            block.compile()
+            block.before = torch.compile(block.before, fullgraph=True)
+            block.after = torch.compile(block.after, fullgraph=True)
 
 
 def load_weights(model: CLIP, path: str | Path) -> None:

@@ -54,10 +54,10 @@ def plain_text(tower, token_ids):
     x = tower.token_embedding(token_ids) + tower.positional_embedding
     mask = torch.full((CONTEXT, CONTEXT), -math.inf).triu(1)
     for block in tower.blocks:
-        heads = block.attention.heads
+        heads = block.heads
         q, k, v = (
             t.unflatten(2, (heads, -1)).transpose(1, 2)
-            for t in block.attention.qkv(block.norm1(x)).chunk(3, dim=2)
+            for t in block.qkv(block.norm1(x)).chunk(3, dim=2)
         )
         weights = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5 + mask).softmax(dim=3)
         x = x + block.attention_out((weights @ v).transpose(1, 2).flatten(2))
