@@ -1,24 +1,8 @@
-// The only file that knows Python.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/array.h>
-#include <nanobind/stl/string.h>
+// The Python module.
+#include "bindings.hpp"
 
 #include "checksum.hpp"
 #include "philox.hpp"
-
-namespace nb = nanobind;
-using namespace nb::literals;
-
-namespace {
-
-using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-std::span<const std::byte> as_bytes(const Bytes& array) {
-  return {reinterpret_cast<const std::byte*>(array.data()), array.size()};
-}
-
-}  // namespace
 
 NB_MODULE(_native, module) {
   module.doc() = "The C++ core of laclip.";
@@ -36,4 +20,7 @@ NB_MODULE(_native, module) {
         return laclip::xxh64(as_bytes(bytes));
       },
       "bytes"_a, "XXH64 (seed 0) of a uint8 array.");
+  bind_reader(module);
+  bind_tar(module);
+  bind_tokenizer(module);
 }

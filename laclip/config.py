@@ -1,6 +1,112 @@
-"""The configuration of a run: frozen dataclasses, each knob in one home."""
+"""The configuration of a run: defaults, then a TOML file, then --set; unknown keys are errors.
 
+Frozen dataclasses, one a section; every knob has one home. What ZeRO needs lives in DeepSpeed's
+JSON, which may not repeat anything that stands here (laclip/train.py merges the two).
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
 from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it draws from."""
+
+    folder: str = "runs/demo"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and how an image and a caption are drawn from it."""
+
+    train: tuple[str, ...] = ()  # dataset folders; their samples are one list
+    tokenizer: str = "clip"  # clip | sentencepiece:FILE
+    captions: str = "uniform"  # uniform | weights | original | multi
+    weights: tuple[float, ...] = ()  # one a variant, for captions = "weights"
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # width over height
+    flip: bool = False
+    interpolation: str = "cubic"  # cubic | linear; both antialiased
+    normalize: str = "openai"  # openai | imagenet: mean and standard deviation
+    window_shards: int = 16  # samples are shuffled inside windows of this many shards
+    reader_threads: int = 2
+    decode_threads: int = 2
+    prefetch: int = 2  # batches read ahead, and again as many decoded ahead
+    hardware_decoder_share: float = 0.75  # of the GPU's JPEG engine; CPU decoding ignores it
+    max_bad_fraction: float = 0.001  # of the samples read; more stops the run
+    max_pixels: int = 100_000_000  # larger images count as bad and are never decoded
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at a time, and in which arithmetic."""
+
+    global_batch_size: int = 512
+    micro_batch_size: int = 0  # a rank's share of a forward pass; 0: all of it at once
+    epochs: float = 0.0  # give epochs or steps
+    steps: int = 0
+    loss: str = "clip"  # clip | siglip
+    label_smoothing: float = 0.0
+    loss_implementation: str = "auto"  # auto | triton | chunked | reference
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    compile: bool = False  # torch.compile, block by block
+    max_skipped_steps: int = 20  # this many non-finite steps in a row stop the run
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; linear warm-up, then cosine. Tensors of fewer than 2 dimensions do not decay."""
+
+    lr: float = 1e-3
+    start_lr: float = 1e-6
+    end_lr: float = 1e-5
+    warmup_steps: int = 0  # give steps or epochs
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    clip_norm: float = 0.0  # 0: no clipping
+    layer_decay: float = 1.0  # learning rate of a block against that of the next
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run's state is written, and how many are kept."""
+
+    every_steps: int = 1000
+    every_minutes: float = 0.0  # 0: by steps alone
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A held-out retrieval task: images against the distinct captions of a dataset."""
+
+    data: str = ""
+    direction: str = "image_to_text"  # image_to_text | text_to_image
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is scored at the end of a run."""
+
+    batch_size: int = 256
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run writes besides its checkpoints."""
+
+    every_steps: int = 1
+    tensorboard: bool = True
+    wandb_project: str = ""  # empty: no Weights & Biases
 
 
 @dataclass(frozen=True)
@@ -74,3 +180,266 @@ PRESETS = {
     "vit_l_14": _preset(768, 14, 1024, 24, 16, 768, 12, 12),
     "vit_h_14": _preset(1024, 14, 1280, 32, 16, 1024, 24, 16),
 }
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+_CHOICES = {
+    "data.captions": ("uniform", "weights", "original", "multi"),
+    "data.interpolation": ("cubic", "linear"),
+    "data.normalize": ("openai", "imagenet"),
+    "model.attention": ("sdpa", "flash_attn", "xformers"),
+    "model.vision.activation": ("gelu", "quick_gelu"),
+    "model.text.activation": ("gelu", "quick_gelu"),
+    "model.text.pool": ("eot", "last"),
+    "train.loss": ("clip", "siglip"),
+    "train.loss_implementation": ("auto", "triton", "chunked", "reference"),
+    "train.precision": ("fp32", "bf16", "fp16"),
+}
+
+# Keys whose change leaves the sequence of batches and updates as it is, so that a run may go on
+# under another value.
+RUNTIME_KEYS = (
+    "run.folder",
+    "data.reader_threads",
+    "data.decode_threads",
+    "data.prefetch",
+    "data.hardware_decoder_share",
+    "data.max_bad_fraction",
+    "model.weights",
+    "train.micro_batch_size",
+    "train.max_skipped_steps",
+    "checkpoint",
+    "evaluation",
+    "log",
+)
+
+
+def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -> Config:
+    """Read a run's configuration.
+
+    path: a TOML file, or None for the defaults alone. overrides: `section.key=value`, the value
+    in TOML's syntax (a bare word is taken as a string). Raises FileNotFoundError for a missing
+    file and ValueError, naming the key, for anything else that is wrong.
+    """
+    tree: dict = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--config: there is no file {str(path)!r}")
+        try:
+            tree = tomllib.loads(Path(path).read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise ValueError(f"--set {override!r}: expected section.key=value")
+        *sections, leaf = key.strip().split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"--set {override!r}: {section} is not a section")
+        node[leaf] = _toml_value(text.strip())
+    source = str(path) if path is not None else "--set"
+    model = tree.get("model")
+    if isinstance(model, dict) and model.get("preset"):
+        tree["model"] = _with_preset(model, source)
+    config = _build(Config, tree, "", source)
+    _check(config, source)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as TOML; load_config reads it back to an equal one."""
+    lines: list[str] = []
+
+    def section(value: typing.Any, name: str) -> None:
+        items = value.items() if isinstance(value, dict) else _fields(value)
+        nested = []
+        if name and not isinstance(value, dict):
+            lines.append(f"[{name}]")
+        for key, item in items:
+            if dataclasses.is_dataclass(item) or isinstance(item, dict):
+                nested.append((key, item))
+            else:
+                lines.append(f"{key} = {_toml_text(item)}")
+        if name and not isinstance(value, dict):
+            lines.append("")
+        for key, item in nested:
+            section(item, f"{name}.{key}" if name else key)
+
+    section(config, "")
+    return "\n".join(lines)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What differs between two configurations and would change a run, as `key: old -> new`."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == runtime or key.startswith(runtime + ".") for runtime in RUNTIME_KEYS)
+    ]
+
+
+def flatten(value: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
+    """Every leaf of a configuration by its dotted key."""
+    items = value.items() if isinstance(value, dict) else _fields(value)
+    leaves: dict[str, typing.Any] = {}
+    for key, item in items:
+        name = f"{prefix}{key}"
+        if dataclasses.is_dataclass(item) or isinstance(item, dict):
+            leaves |= flatten(item, name + ".")
+        else:
+            leaves[name] = item
+    return leaves
+
+
+def _fields(value: typing.Any) -> list[tuple[str, typing.Any]]:
+    return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+
+
+def _toml_value(text: str) -> typing.Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _toml_text(value: typing.Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return "[" + ", ".join(_toml_text(item) for item in value) + "]"
+
+
+def _with_preset(model: dict, source: str) -> dict:
+    name = model["preset"]
+    if name not in PRESETS:
+        raise ValueError(
+            f"{source}: model.preset: there is no preset {name!r}{_nearest(str(name), PRESETS)}"
+        )
+    merged = {**PRESETS[name], **model}
+    for tower in ("vision", "text"):
+        given = model.get(tower, {})
+        merged[tower] = {**PRESETS[name][tower], **given} if isinstance(given, dict) else given
+    return merged
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}"
+
+
+def _build(kind: typing.Any, value: typing.Any, key: str, source: str) -> typing.Any:
+    where = f"{source}: {key}" if key else source
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a section, found {value!r}")
+        hints = typing.get_type_hints(kind)
+        for name in value:
+            if name not in hints:
+                what = "section" if not key else "key"
+                full = f"{key}.{name}" if key else name
+                raise ValueError(f"{source}: unknown {what} {full!r}{_nearest(name, hints)}")
+        nested = {
+            name: _build(hints[name], item, f"{key}.{name}" if key else name, source)
+            for name, item in value.items()
+        }
+        return kind(**nested)  # type: ignore[operator]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a section, found {value!r}")
+        inner = typing.get_args(kind)[1]
+        return {name: _build(inner, item, f"{key}.{name}", source) for name, item in value.items()}
+    if origin is tuple:
+        inner = typing.get_args(kind)
+        if isinstance(value, str) and inner[0] is str:
+            value = [value]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where}: expected a list, found {value!r}")
+        if inner[-1] is not Ellipsis and len(value) != len(inner):
+            raise ValueError(f"{where}: expected {len(inner)} values, found {len(value)}")
+        return tuple(_build(inner[0], item, key, source) for item in value)
+    assert isinstance(kind, type) and not isinstance(kind, types.GenericAlias)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(
+            f"{where}: expected {kind.__name__}, found {value!r} ({type(value).__name__})"
+        )
+    return value
+
+
+def _check(config: Config, source: str) -> None:
+    leaves = flatten(config)
+    for key, choices in _CHOICES.items():
+        if leaves[key] not in choices:
+            hint = _nearest(leaves[key], choices)
+            raise ValueError(f"{source}: {key}: {leaves[key]!r} is not a choice{hint}")
+    for name, task in config.evaluation.tasks.items():
+        if task.direction not in ("image_to_text", "text_to_image"):
+            raise ValueError(
+                f"{source}: evaluation.tasks.{name}.direction: {task.direction!r} is not a choice; "
+                "there are: image_to_text, text_to_image"
+            )
+    for key in (
+        "train.global_batch_size",
+        "data.window_shards",
+        "data.reader_threads",
+        "data.decode_threads",
+        "data.prefetch",
+        "data.max_pixels",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "evaluation.batch_size",
+        "log.every_steps",
+        "optimizer.lr",
+    ):
+        if leaves[key] <= 0:
+            raise ValueError(f"{source}: {key}: must be above 0, found {leaves[key]!r}")
+    for pair in (
+        ("train.epochs", "train.steps"),
+        ("optimizer.warmup_epochs", "optimizer.warmup_steps"),
+    ):
+        if any(leaves[key] < 0 for key in pair):
+            raise ValueError(f"{source}: {' and '.join(pair)}: must not be negative")
+        if all(leaves[key] for key in pair):
+            raise ValueError(f"{source}: {' and '.join(pair)}: give one of the two, found both")
+    low, high = config.data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(
+            f"{source}: data.crop_scale: expected 0 < low <= high <= 1, found {low, high}"
+        )
+    low, high = config.data.crop_ratio
+    if not 0 < low <= high:
+        raise ValueError(f"{source}: data.crop_ratio: expected 0 < low <= high, found {low, high}")
+    if config.data.captions == "weights" and (
+        not config.data.weights or min(config.data.weights) < 0 or sum(config.data.weights) <= 0
+    ):
+        raise ValueError(
+            f"{source}: data.weights: captions = 'weights' needs a non-negative weight a variant, "
+            f"not all zero; found {list(config.data.weights)}"
+        )
+    if config.data.weights and config.data.captions != "weights":
+        raise ValueError(f"{source}: data.weights: only read with data.captions = 'weights'")

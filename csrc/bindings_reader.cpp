@@ -1,0 +1,142 @@
+
+#include "batch_reader.hpp"
+#include "bindings.hpp"
+#include "epoch_order.hpp"
+
+namespace {
+
+// A NumPy view of memory that `owner` keeps alive.
+template <typename T>
+nb::ndarray<nb::numpy, T> view(nb::handle owner, T* data,
+                               std::initializer_list<std::size_t> shape) {
+  return nb::ndarray<nb::numpy, T>(data, shape, owner);
+}
+
+laclip::CaptionPolicy caption_policy(const std::string& name) {
+  using laclip::CaptionPolicy;
+  if (name == "uniform") return CaptionPolicy::kUniform;
+  if (name == "weights") return CaptionPolicy::kWeights;
+  if (name == "original") return CaptionPolicy::kOriginal;
+  if (name == "multi") return CaptionPolicy::kMulti;
+  throw std::invalid_argument("captions: expected uniform, weights, original or multi, found '" +
+                              name + "'");
+}
+
+}  // namespace
+
+void bind_reader(nb::module_& module) {
+  using laclip::Batch;
+  using laclip::BatchReader;
+  using laclip::EpochOrder;
+  using laclip::ReaderOptions;
+  using laclip::ShardFiles;
+
+  nb::class_<EpochOrder>(module, "EpochOrder", "The order of an epoch; see csrc/epoch_order.hpp.")
+      .def(
+          "__init__",
+          [](EpochOrder* self, const std::vector<std::uint64_t>& counts, std::uint64_t seed,
+             std::uint64_t epoch, std::size_t window_shards) {
+            new (self) EpochOrder(counts, seed, epoch, window_shards);
+          },
+          "counts"_a, "seed"_a, "epoch"_a, "window_shards"_a)
+      .def("__len__", &EpochOrder::size)
+      .def("__getitem__", [](const EpochOrder& self, std::uint64_t position) {
+        if (position >= self.size()) throw nb::index_error();
+        const laclip::SamplePlace place = self.at(position);
+        return std::pair(place.shard, place.index);
+      });
+
+  nb::class_<ShardFiles>(module, "ShardFiles")
+      .def(
+          "__init__",
+          [](ShardFiles* self, std::string tar, std::string samples, std::string captions,
+             std::string tokenizer, std::uint64_t count, std::uint32_t variants,
+             std::uint64_t samples_checksum, std::uint64_t captions_checksum) {
+            new (self) ShardFiles{tar,   samples,  captions,         tokenizer,
+                                  count, variants, samples_checksum, captions_checksum};
+          },
+          nb::kw_only(), "tar"_a, "samples"_a, "captions"_a, "tokenizer"_a, "count"_a, "variants"_a,
+          "samples_checksum"_a, "captions_checksum"_a);
+
+  nb::class_<ReaderOptions>(module, "ReaderOptions")
+      .def(nb::init<>())
+      .def_rw("seed", &ReaderOptions::seed)
+      .def_rw("global_batch_size", &ReaderOptions::global_batch_size)
+      .def_rw("rank", &ReaderOptions::rank)
+      .def_rw("world_size", &ReaderOptions::world_size)
+      .def_rw("window_shards", &ReaderOptions::window_shards)
+      .def_rw("threads", &ReaderOptions::threads)
+      .def_rw("prefetch", &ReaderOptions::prefetch)
+      .def_prop_rw(
+          "captions", [](const ReaderOptions& self) { return static_cast<int>(self.policy); },
+          [](ReaderOptions& self, const std::string& name) { self.policy = caption_policy(name); })
+      .def_rw("weights", &ReaderOptions::weights)
+      .def_rw("context_length", &ReaderOptions::context_length)
+      .def_rw("sot_token", &ReaderOptions::sot_token)
+      .def_rw("eot_token", &ReaderOptions::eot_token)
+      .def_rw("scale_low", &ReaderOptions::scale_low)
+      .def_rw("scale_high", &ReaderOptions::scale_high)
+      .def_rw("ratio_low", &ReaderOptions::ratio_low)
+      .def_rw("ratio_high", &ReaderOptions::ratio_high)
+      .def_rw("flip", &ReaderOptions::flip)
+      .def_rw("max_pixels", &ReaderOptions::max_pixels);
+
+  nb::class_<Batch>(module, "Batch",
+                    "One rank's part of a global batch; see csrc/batch_reader.hpp.")
+      .def_ro("index", &Batch::index)
+      .def_ro("size", &Batch::size)
+      .def_ro("variants", &Batch::variants)
+      .def_ro("substitutes", &Batch::substitutes)
+      .def_prop_ro("samples",
+                   [](nb::handle self) {
+                     auto& batch = nb::cast<Batch&>(self);
+                     return view(self, batch.sample.data(), {batch.size});
+                   })
+      .def_prop_ro("epochs",
+                   [](nb::handle self) {
+                     auto& batch = nb::cast<Batch&>(self);
+                     return view(self, batch.epoch.data(), {batch.size});
+                   })
+      .def_prop_ro("drawn_variants",
+                   [](nb::handle self) {
+                     auto& batch = nb::cast<Batch&>(self);
+                     return view(self, batch.variant.data(), {batch.size});
+                   })
+      .def_prop_ro("windows",
+                   [](nb::handle self) {
+                     auto& batch = nb::cast<Batch&>(self);
+                     return view(self, batch.window.data(), {batch.size, 4});
+                   })
+      .def_prop_ro("mirrors",
+                   [](nb::handle self) {
+                     auto& batch = nb::cast<Batch&>(self);
+                     return view(self, batch.mirror.data(), {batch.size});
+                   })
+      .def_prop_ro(
+          "token_ids",
+          [](nb::handle self) {
+            auto& batch = nb::cast<Batch&>(self);
+            const std::size_t length = batch.token_ids.size() / (batch.variants * batch.size);
+            return view(self, batch.token_ids.data(), {batch.variants, batch.size, length});
+          })
+      .def_prop_ro("begins",
+                   [](nb::handle self) {
+                     auto& batch = nb::cast<Batch&>(self);
+                     return view(self, batch.begin.data(), {batch.size + 1});
+                   })
+      .def_prop_ro("bytes", [](nb::handle self) {
+        auto& batch = nb::cast<Batch&>(self);
+        return view(self, reinterpret_cast<std::uint8_t*>(batch.bytes.data()),
+                    {batch.bytes.size()});
+      });
+
+  using Release = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<BatchReader>(module, "BatchReader", "Reads batches ahead; see csrc/batch_reader.hpp.")
+      .def(nb::init<std::vector<ShardFiles>, ReaderOptions>(), "shards"_a, "options"_a)
+      .def("__len__", &BatchReader::samples)
+      .def("seek", &BatchReader::seek, "index"_a, Release())
+      .def("next", &BatchReader::next, Release())
+      .def("read", &BatchReader::read, "index"_a, Release())
+      .def("mark_bad", &BatchReader::mark_bad, "samples"_a)
+      .def("name", &BatchReader::name, "sample"_a);
+}

@@ -1,0 +1,191 @@
+#include "bpe.hpp"
+
+#include <algorithm>
+#include <queue>
+#include <stdexcept>
+#include <unordered_map>
+
+namespace laclip {
+namespace {
+
+// The vocabulary file writes each byte as one printable character: itself where Latin-1 prints
+// it, else U+0100 and up in the order of the bytes. The ids of the bytes follow the same order:
+// first those that stand for themselves.
+bool stands_for_itself(unsigned byte) {
+  return (byte >= 0x21 && byte <= 0x7e) || (byte >= 0xa1 && byte != 0xad);
+}
+
+std::string utf8(unsigned code_point) {  // below U+0800
+  if (code_point < 0x80) return std::string(1, static_cast<char>(code_point));
+  return {static_cast<char>(0xc0 | (code_point >> 6)),
+          static_cast<char>(0x80 | (code_point & 0x3f))};
+}
+
+[[noreturn]] void refuse(std::size_t line, const std::string& what) {
+  throw std::invalid_argument("merges, line " + std::to_string(line) + ": " + what);
+}
+
+constexpr std::size_t kShortWord = 64;  // above, the heap of encode_long pays
+
+}  // namespace
+
+Bpe::Bpe(std::string_view merges)
+    : pairs_(kPairMask + 1), words_(kWordMask + 1), word_tokens_(kWordMask + 1, kNone) {
+  std::vector<std::string> names(2 * kBytes);  // as the file writes them
+  token_bytes_.resize(2 * kBytes);
+  Token token = 0;
+  unsigned replacement = 0x100;
+  for (const bool itself : {true, false}) {
+    for (unsigned byte = 0; byte < kBytes; ++byte) {
+      if (stands_for_itself(byte) != itself) continue;
+      byte_token_[byte] = token;
+      names[token] = utf8(itself ? byte : replacement++);
+      names[token + kBytes] = names[token] + "</w>";
+      token_bytes_[token] = std::string(1, static_cast<char>(byte));
+      token_bytes_[token + kBytes] = token_bytes_[token] + "</w>";
+      ++token;
+    }
+  }
+  names.reserve(kVocabularySize);
+  token_bytes_.reserve(kVocabularySize);
+  std::unordered_map<std::string_view, Token> ids;  // into `names`, which never reallocates
+  ids.reserve(kVocabularySize);
+  for (Token id = 0; id < 2 * kBytes; ++id) ids.emplace(names[id], id);
+
+  std::size_t begin = merges.find('\n');
+  for (std::size_t line = 2; line < kMerges + 2; ++line) {
+    if (begin == std::string_view::npos) refuse(line, "missing, the file is cut");
+    const std::size_t end = merges.find('\n', ++begin);
+    const std::string_view text = merges.substr(begin, end - begin);
+    const std::size_t space = text.find(' ');
+    if (space == std::string_view::npos) refuse(line, "not two symbols");
+    const auto left = ids.find(text.substr(0, space));
+    const auto right = ids.find(text.substr(space + 1));
+    // Merging in order of rank, leftmost first, relies on this: see encode_short.
+    if (left == ids.end() || right == ids.end()) refuse(line, "symbol not made by a line above");
+    const auto merged = static_cast<Token>(names.size());
+    names.push_back(names[left->second] + names[right->second]);
+    token_bytes_.push_back(token_bytes_[left->second] + token_bytes_[right->second]);
+    if (!ids.emplace(names.back(), merged).second) refuse(line, "symbol made twice");
+    add_pair(left->second, right->second, merged);
+    begin = end;
+  }
+  token_bytes_.emplace_back("<|startoftext|>");
+  token_bytes_.emplace_back("<|endoftext|>");
+
+  std::vector<Token> tokens;
+  for (Token id = kBytes; id < kStartOfText; ++id) {
+    const std::string_view bytes = token_bytes_[id];
+    if (!bytes.ends_with("</w>") || bytes.size() - 4 > WordKey::kMaxBytes) continue;
+    tokens.clear();
+    encode_word(bytes.substr(0, bytes.size() - 4), tokens);
+    if (tokens.size() == 1) add_word(bytes.substr(0, bytes.size() - 4), tokens[0]);
+  }
+  add_word(token_bytes_[kStartOfText], kStartOfText);
+  add_word(token_bytes_[kEndOfText], kEndOfText);
+}
+
+void Bpe::add_pair(Token left, Token right, Token merged) {
+  const std::uint32_t symbols = (std::uint32_t{left} << 16) | right;
+  std::size_t slot = pair_slot(symbols);
+  while (pairs_[slot].merged != kNone) slot = (slot + 1) & kPairMask;
+  pairs_[slot] = {symbols, merged};
+}
+
+void Bpe::add_word(std::string_view word, Token token) {
+  std::string padded(word);
+  padded.resize(word.size() + kWordPadding);
+  const WordKey key = make_key(padded.data(), word.size());
+  std::size_t slot = key.hash() & kWordMask;
+  while (!words_[slot].empty() && words_[slot] != key) slot = (slot + 1) & kWordMask;
+  words_[slot] = key;
+  word_tokens_[slot] = token;
+}
+
+void Bpe::encode_word(std::string_view word, std::vector<Token>& tokens) const {
+  if (word.empty()) return;
+  if (word == token_bytes_.back() || word == token_bytes_[token_bytes_.size() - 2]) {
+    tokens.push_back(word == token_bytes_.back() ? kEndOfText : kStartOfText);
+  } else if (word.size() <= kShortWord) {
+    encode_short(word, tokens);
+  } else {
+    encode_long(word, tokens);
+  }
+}
+
+// The original merges, again and again, every occurrence of the neighbours with the lowest rank,
+// from the left. As a symbol is made by one line only, and by symbols of lines above, a merge
+// never makes a pair of lower or equal rank: taking the leftmost lowest pair one at a time is the
+// same.
+void Bpe::encode_short(std::string_view word, std::vector<Token>& tokens) const {
+  std::array<Token, kShortWord> symbols;
+  std::array<Token, kShortWord> merged;  // of symbols i and i + 1
+  std::size_t count = word.size();
+  for (std::size_t i = 0; i < count; ++i) {
+    symbols[i] = byte_token_[static_cast<unsigned char>(word[i])];
+  }
+  symbols[count - 1] = static_cast<Token>(symbols[count - 1] + kBytes);
+  for (std::size_t i = 0; i + 1 < count; ++i) merged[i] = merge_of(symbols[i], symbols[i + 1]);
+  while (count > 1) {
+    std::size_t best = 0;
+    for (std::size_t i = 1; i + 1 < count; ++i) best = merged[i] < merged[best] ? i : best;
+    if (merged[best] == kNone) break;
+    symbols[best] = merged[best];
+    for (std::size_t i = best + 1; i + 1 < count; ++i) {
+      symbols[i] = symbols[i + 1];
+      merged[i - 1] = merged[i];
+    }
+    --count;
+    if (best > 0) merged[best - 1] = merge_of(symbols[best - 1], symbols[best]);
+    if (best + 1 < count) merged[best] = merge_of(symbols[best], symbols[best + 1]);
+  }
+  tokens.insert(tokens.end(), symbols.begin(),
+                symbols.begin() + static_cast<std::ptrdiff_t>(count));
+}
+
+void Bpe::encode_long(std::string_view word, std::vector<Token>& tokens) const {
+  struct Node {
+    std::size_t previous;
+    std::size_t next;
+    Token symbol;
+  };
+  struct Candidate {
+    Token merged;
+    std::size_t at;
+    bool operator>(const Candidate& other) const {
+      return merged != other.merged ? merged > other.merged : at > other.at;
+    }
+  };
+  const std::size_t count = word.size();  // also the end marker
+  std::vector<Node> nodes(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    nodes[i] = {i - 1, i + 1, byte_token_[static_cast<unsigned char>(word[i])]};
+  }
+  nodes[0].previous = count;
+  nodes[count - 1].symbol = static_cast<Token>(nodes[count - 1].symbol + kBytes);
+
+  std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> queue;
+  const auto offer = [&](std::size_t at) {
+    if (at == count || nodes[at].next == count) return;
+    const Token merged = merge_of(nodes[at].symbol, nodes[nodes[at].next].symbol);
+    if (merged != kNone) queue.push({merged, at});
+  };
+  for (std::size_t i = 0; i + 1 < count; ++i) offer(i);
+  while (!queue.empty()) {
+    const auto [merged, at] = queue.top();
+    queue.pop();
+    Node& node = nodes[at];
+    // Stale where a neighbour has merged since: a swallowed node holds kNone.
+    if (node.symbol == kNone || node.next == count) continue;
+    if (merge_of(node.symbol, nodes[node.next].symbol) != merged) continue;
+    nodes[node.next].symbol = kNone;
+    node.symbol = merged;
+    node.next = nodes[node.next].next;
+    if (node.next != count) nodes[node.next].previous = at;
+    offer(node.previous);
+    offer(at);
+  }
+  for (std::size_t i = 0; i != count; i = nodes[i].next) tokens.push_back(nodes[i].symbol);
+}
+
+}  // namespace laclip

@@ -1,0 +1,106 @@
+// Byte-pair encoding with the vocabulary of OpenAI's CLIP: from the UTF-8 bytes of one word to ids.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace laclip {
+
+// Up to 15 bytes of a word and its length, as one comparable value. The word's buffer must be
+// readable for kWordPadding bytes past its end.
+struct WordKey {
+  static constexpr std::size_t kMaxBytes = 15;
+  std::uint64_t low = 0;
+  std::uint64_t high = 0;
+
+  bool operator==(const WordKey&) const = default;
+  bool empty() const { return high == 0; }
+  std::uint64_t hash() const {
+    const auto product =
+        static_cast<unsigned __int128>(low ^ 0x9e3779b97f4a7c15u) * (high ^ 0xd6e8feb86659fd93u);
+    return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
+  }
+};
+inline constexpr std::size_t kWordPadding = 16;
+
+inline WordKey make_key(const char* word, std::size_t bytes) {
+  static constexpr auto kMasks = [] {
+    std::array<std::array<std::uint64_t, 2>, WordKey::kMaxBytes + 1> masks{};
+    for (std::size_t n = 0; n <= WordKey::kMaxBytes; ++n) {
+      masks[n][0] = n >= 8 ? ~std::uint64_t{0} : (std::uint64_t{1} << (8 * n)) - 1;
+      masks[n][1] = n <= 8 ? 0 : (std::uint64_t{1} << (8 * (n - 8))) - 1;
+    }
+    return masks;
+  }();
+  WordKey key;
+  std::memcpy(&key.low, word, 8);
+  std::memcpy(&key.high, word + 8, 8);
+  key.low &= kMasks[bytes][0];
+  key.high = (key.high & kMasks[bytes][1]) | (static_cast<std::uint64_t>(bytes) << 56);
+  return key;
+}
+
+class Bpe {
+ public:
+  using Token = std::uint16_t;
+  static constexpr std::size_t kBytes = 256;               // ids of bytes inside a word
+  static constexpr std::size_t kMerges = 49152 - 256 - 2;  // used lines of the file
+  static constexpr Token kStartOfText = 2 * kBytes + kMerges;
+  static constexpr Token kEndOfText = kStartOfText + 1;
+  static constexpr std::size_t kVocabularySize = kEndOfText + 1;
+
+  // `merges` is the text of bpe_simple_vocab_16e6.txt. Throws std::invalid_argument where it is
+  // cut or malformed.
+  explicit Bpe(std::string_view merges);
+
+  // Appends the ids of one word of any length. Linear in practice; n log n for long words.
+  void encode_word(std::string_view word, std::vector<Token>& tokens) const;
+
+  // The id of a word that is one token (special tokens included), or kNone.
+  static constexpr Token kNone = 0xffff;
+  Token whole_word(const WordKey& key) const {
+    for (std::size_t slot = key.hash() & kWordMask;; slot = (slot + 1) & kWordMask) {
+      if (words_[slot] == key) return word_tokens_[slot];
+      if (words_[slot].empty()) return kNone;
+    }
+  }
+
+  // The bytes of a token; the last token of a word ends in "</w>".
+  const std::string& bytes_of(Token token) const { return token_bytes_[token]; }
+
+ private:
+  static constexpr std::size_t kWordMask = (std::size_t{1} << 17) - 1;
+  static constexpr std::size_t kPairMask = (std::size_t{1} << 17) - 1;
+  struct Pair {
+    std::uint32_t symbols = 0xffffffffu;
+    Token merged = kNone;
+  };
+
+  static std::size_t pair_slot(std::uint32_t symbols) {
+    return (symbols * std::uint64_t{0x9e3779b97f4a7c15u} >> 40) & kPairMask;
+  }
+  // The id that two neighbours merge to, which is also the rank of the merge, or kNone.
+  Token merge_of(Token left, Token right) const {
+    const std::uint32_t symbols = (std::uint32_t{left} << 16) | right;
+    for (std::size_t slot = pair_slot(symbols);; slot = (slot + 1) & kPairMask) {
+      if (pairs_[slot].symbols == symbols) return pairs_[slot].merged;
+      if (pairs_[slot].merged == kNone) return kNone;
+    }
+  }
+  void add_pair(Token left, Token right, Token merged);
+  void add_word(std::string_view word, Token token);
+  void encode_short(std::string_view word, std::vector<Token>& tokens) const;
+  void encode_long(std::string_view word, std::vector<Token>& tokens) const;
+
+  std::array<Token, kBytes> byte_token_{};
+  std::vector<Pair> pairs_;
+  std::vector<WordKey> words_;
+  std::vector<Token> word_tokens_;
+  std::vector<std::string> token_bytes_;
+};
+
+}  // namespace laclip

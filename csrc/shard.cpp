@@ -1,0 +1,231 @@
+#include "shard.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+#include <thread>
+
+namespace laclip {
+namespace {
+
+[[noreturn]] void fail(const std::string& path, const std::string& what) {
+  throw std::runtime_error("'" + path + "' " + what);
+}
+
+std::string hex(std::uint64_t value) {
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+std::string system_error(int code) { return std::strerror(code); }
+
+int open_file(const std::string& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) fail(path, "cannot be opened: " + system_error(errno));
+  return fd;
+}
+
+std::uint64_t file_size(int fd, const std::string& path) {
+  struct stat info{};
+  if (::fstat(fd, &info) != 0) fail(path, "cannot be examined: " + system_error(errno));
+  return static_cast<std::uint64_t>(info.st_size);
+}
+
+template <typename Header>
+const Header& header_of(const MappedFile& file, const std::string& path, const char (&magic)[8],
+                        const char* command) {
+  const auto bytes = file.bytes();
+  if (bytes.size() < sizeof(Header)) {
+    fail(path, "is " + std::to_string(bytes.size()) + " bytes long, its header alone is " +
+                   std::to_string(sizeof(Header)) + ". Run: " + command);
+  }
+  const auto& header = *reinterpret_cast<const Header*>(bytes.data());
+  if (std::memcmp(header.magic, magic, sizeof magic) != 0) {
+    fail(path, std::string("does not begin with ") + std::string(magic, 8) + ". Run: " + command);
+  }
+  if (header.version != kSidecarVersion || header.header_bytes != sizeof(Header)) {
+    fail(path, "has format version " + std::to_string(header.version) + ", expected " +
+                   std::to_string(kSidecarVersion) + ". Run: " + command);
+  }
+  return header;
+}
+
+void expect(const std::string& path, const char* what, const std::string& found,
+            const std::string& expected, const char* command) {
+  if (found != expected) {
+    fail(path, std::string("has ") + what + " " + found + ", dataset.json expects " + expected +
+                   ". Run: " + command);
+  }
+}
+
+bool begins_as(std::span<const std::byte> bytes, std::uint8_t format) {
+  const auto starts = [&](std::string_view magic) {
+    return bytes.size() >= magic.size() &&
+           std::memcmp(bytes.data(), magic.data(), magic.size()) == 0;
+  };
+  switch (format) {
+    case kJpeg:
+      return starts("\xff\xd8");
+    case kPng:
+      return starts("\x89PNG");
+    case kWebp:
+      return starts("RIFF");
+    default:
+      return true;
+  }
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) {
+  const int fd = open_file(path);
+  const std::uint64_t size = file_size(fd, path);
+  void* at = nullptr;
+  if (size > 0) at = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
+  const int code = errno;
+  ::close(fd);
+  if (at == MAP_FAILED) fail(path, "cannot be mapped: " + system_error(code));
+  bytes_ = {static_cast<const std::byte*>(at), size};
+}
+
+MappedFile::~MappedFile() {
+  if (!bytes_.empty()) ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
+}
+
+Shard::Shard(const ShardFiles& files)
+    : tar_(files.tar),
+      samples_(std::make_unique<MappedFile>(files.samples)),
+      captions_(std::make_unique<MappedFile>(files.captions)) {
+  const auto& samples =
+      header_of<SamplesHeader>(*samples_, files.samples, kSamplesMagic, "laclip index");
+  expect(files.samples, "sample count", std::to_string(samples.count), std::to_string(files.count),
+         "laclip index");
+  expect(files.samples, "checksum", hex(samples.checksum), hex(files.samples_checksum),
+         "laclip index");
+  const std::uint64_t count = files.count;
+  const std::uint64_t samples_bytes = sizeof(SamplesHeader) + count * sizeof(SampleRecord) +
+                                      count * sizeof(std::uint32_t) + samples.keys_bytes;
+  expect(files.samples, "size in bytes", std::to_string(samples_->bytes().size()),
+         std::to_string(samples_bytes), "laclip index");
+  const std::byte* at = samples_->bytes().data() + sizeof(SamplesHeader);
+  records_ = reinterpret_cast<const SampleRecord*>(at);
+  key_end_ = reinterpret_cast<const std::uint32_t*>(records_ + count);
+  keys_ = reinterpret_cast<const char*>(key_end_ + count);
+
+  const auto& captions =
+      header_of<CaptionsHeader>(*captions_, files.captions, kCaptionsMagic, "laclip tokenize");
+  const std::string tokenizer(captions.tokenizer, ::strnlen(captions.tokenizer, 64));
+  expect(files.captions, "tokenizer", tokenizer, files.tokenizer, "laclip tokenize");
+  expect(files.captions, "checksum", hex(captions.checksum), hex(files.captions_checksum),
+         "laclip tokenize");
+  expect(files.captions, "checksum of the samples", hex(captions.samples_checksum),
+         hex(files.samples_checksum), "laclip tokenize");
+  expect(files.captions, "sample count", std::to_string(captions.count), std::to_string(count),
+         "laclip tokenize");
+  expect(files.captions, "variant count", std::to_string(captions.variants),
+         std::to_string(files.variants), "laclip tokenize");
+  if (captions.token_bytes != 2 && captions.token_bytes != 4) {
+    fail(files.captions, "has " + std::to_string(captions.token_bytes) +
+                             "-byte tokens, expected 2 or 4. Run: laclip tokenize");
+  }
+  variants_ = captions.variants;
+  token_bytes_ = captions.token_bytes;
+  const std::uint64_t entries = count * variants_ + 1;
+  const std::uint64_t captions_bytes =
+      sizeof(CaptionsHeader) + entries * sizeof(std::uint32_t) + captions.tokens * token_bytes_;
+  expect(files.captions, "size in bytes", std::to_string(captions_->bytes().size()),
+         std::to_string(captions_bytes), "laclip tokenize");
+  at = captions_->bytes().data() + sizeof(CaptionsHeader);
+  entries_ = reinterpret_cast<const std::uint32_t*>(at);
+  tokens_ = at + entries * sizeof(std::uint32_t);
+
+  tar_fd_ = open_file(files.tar);
+  try {
+    expect(files.tar, "size in bytes", std::to_string(file_size(tar_fd_, files.tar)),
+           std::to_string(samples.shard_bytes), "laclip index");
+  } catch (...) {
+    ::close(tar_fd_);
+    throw;
+  }
+}
+
+Shard::~Shard() { ::close(tar_fd_); }
+
+std::string_view Shard::key(std::uint32_t index) const {
+  const std::uint32_t begin = index == 0 ? 0 : key_end_[index - 1];
+  return {keys_ + begin, key_end_[index] - begin};
+}
+
+std::size_t Shard::caption(std::uint32_t index, std::uint32_t variant,
+                           std::span<std::int32_t> out) const {
+  const std::size_t entry = static_cast<std::size_t>(index) * variants_ + variant;
+  const std::uint32_t begin = caption_position(entries_[entry]);
+  const std::uint32_t end = caption_position(entries_[entry + 1]);
+  const std::size_t take = std::min<std::size_t>(end - begin, out.size());
+  if (token_bytes_ == 2) {
+    const auto* tokens = reinterpret_cast<const std::uint16_t*>(tokens_) + begin;
+    std::copy_n(tokens, take, out.begin());
+  } else {
+    const auto* tokens = reinterpret_cast<const std::int32_t*>(tokens_) + begin;
+    std::copy_n(tokens, take, out.begin());
+  }
+  return take;
+}
+
+void Shard::read_image(std::uint32_t index, std::span<std::byte> out) const {
+  const SampleRecord& sample = record(index);
+  std::size_t done = 0;
+  int tries = 0;
+  while (done < out.size()) {
+    const ssize_t got = ::pread(tar_fd_, out.data() + done, out.size() - done,
+                                static_cast<off_t>(sample.offset + done));
+    if (got > 0) {
+      done += static_cast<std::size_t>(got);
+    } else if (got == 0) {
+      fail(tar_, "ends inside sample " + std::string(key(index)) +
+                     ": it was cut short since it was indexed. Run: laclip index");
+    } else if (errno != EINTR) {
+      // Network file systems recover from short outages; a disk that is gone does not.
+      const int code = errno;
+      if (++tries == 5) {
+        fail(tar_, "cannot be read at sample " + std::string(key(index)) +
+                       " after 5 tries: " + system_error(code));
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(100 << tries));
+    }
+  }
+  if (!begins_as(out, sample.format)) {
+    fail(tar_, "no longer holds the image that it was indexed with at sample " +
+                   std::string(key(index)) + ". Run: laclip index");
+  }
+}
+
+ShardCache::ShardCache(std::vector<ShardFiles> files, std::size_t capacity)
+    : files_(std::move(files)), capacity_(std::max<std::size_t>(1, capacity)) {}
+
+std::shared_ptr<const Shard> ShardCache::open(std::uint32_t shard) {
+  const std::lock_guard lock(mutex_);
+  if (const auto found = place_.find(shard); found != place_.end()) {
+    recent_.splice(recent_.begin(), recent_, found->second);
+    return found->second->second;
+  }
+  auto opened = std::make_shared<const Shard>(files_[shard]);
+  recent_.emplace_front(shard, opened);
+  place_[shard] = recent_.begin();
+  if (recent_.size() > capacity_) {
+    place_.erase(recent_.back().first);
+    recent_.pop_back();
+  }
+  return opened;
+}
+
+}  // namespace laclip

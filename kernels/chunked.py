@@ -1,0 +1,117 @@
+"""The losses' matrix work by blocks of rows: plain products and elementwise steps, any device.
+
+The slow twin of triton_blocks.py, function for function; the losses are written once over either.
+"""
+
+import torch
+import torch.nn.functional as F
+from laclip.kernels.products import product
+
+# float16 gradients of a softmax are carried times 2^14: 1/B would be subnormal at B = 32k, and
+# 2 * 2^14, the largest possible, still fits.
+GAIN = {torch.float16: 2.0**14, torch.bfloat16: 1.0, torch.float32: 1.0}
+
+
+def _operand(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`block` as the products take it: in the features' dtype on a GPU, in fp32 on a CPU."""
+    return block.to(dtype) if block.is_cuda else block
+
+
+def _cosines(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(len(image), len(text), dtype=torch.float32, device=image.device)
+    product(image, text.T, out)
+    return out
+
+
+def pair_cosines(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """`[batch]` fp32 dot products of matching rows."""
+    return torch.linalg.vecdot(image.float(), text.float())
+
+
+def log_sums(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    logit_scale: torch.Tensor,
+    first_column: int,
+    chunk_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Log-sum-exps of the logits' rows and columns without the pairs' own logits, in float64.
+
+    Row i's pair stands in column first_column + i. The third result is triton_blocks' flag.
+    """
+    rows, columns = [], []
+    for first in range(0, len(image), chunk_rows):
+        logits = _cosines(image[first : first + chunk_rows], text).mul_(logit_scale)
+        logits.diagonal(first_column + first).fill_(-torch.inf)
+        rows.append(logits.logsumexp(1))
+        columns.append(logits.logsumexp(0))
+        del logits
+    return torch.cat(rows).double(), torch.stack(columns).double().logsumexp(0), None
+
+
+def softmax_gradient(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    row_log_sum: torch.Tensor,
+    column_log_sum: torch.Tensor,
+    logit_scale: torch.Tensor,
+    first_column: int,
+    flag: None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GAIN * (exp(s_ij - row_i) + exp(s_ij - column_j)), zero for pairs; its sum with cosines."""
+    cosines = _cosines(image, text)
+    logits = cosines * logit_scale
+    gradient = (logits - row_log_sum.float()[:, None]).exp_()
+    gradient += logits.sub_(column_log_sum.float()).exp_()
+    gradient.diagonal(first_column).zero_()
+    scale_sum = cosines.mul_(gradient).sum(dtype=torch.float64)
+    return _operand(gradient.mul_(GAIN[image.dtype]), image.dtype), scale_sum
+
+
+def sigmoid_gradient(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor,
+    first_column: int,
+    with_gradient: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """sigmoid(x_ij) of all but the pairs, times GAIN, where x = scale * cosine + bias.
+
+    The second result holds three float64 sums over the same: softplus(x), sigmoid(x) * cosine,
+    sigmoid(x).
+    """
+    cosines = _cosines(image, text)
+    logits = cosines * logit_scale + logit_bias
+    losses = F.softplus(logits)
+    losses.diagonal(first_column).zero_()
+    loss_sum = losses.sum(dtype=torch.float64)
+    del losses
+    if not with_gradient:
+        return None, torch.stack([loss_sum, loss_sum, loss_sum])
+    gradient = logits.sigmoid_()
+    gradient.diagonal(first_column).zero_()
+    bias_sum = gradient.sum(dtype=torch.float64)
+    scale_sum = cosines.mul_(gradient).sum(dtype=torch.float64)
+    block = _operand(gradient.mul_(GAIN[image.dtype]), image.dtype)
+    return block, torch.stack([loss_sum, scale_sum, bias_sum])
+
+
+def combine(
+    product_sum: torch.Tensor,
+    coefficients: torch.Tensor,
+    others: torch.Tensor,
+    mean: torch.Tensor | None,
+    factor: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """out = factor * (product_sum + sum over v of coefficients[v, i] * others[v, i] - mean).
+
+    product_sum: `[rows, dim]` fp32, overwritten. coefficients: `[variants, rows]` fp32. others:
+    `[variants, rows, dim]`. mean: `[dim]` fp32. out: `[rows, dim]`; may be product_sum itself.
+    """
+    for coefficient, other in zip(coefficients, others):
+        product_sum.addcmul_(coefficient[:, None], other.float())
+    if mean is not None:
+        product_sum -= mean
+    out.copy_(product_sum.mul_(factor))

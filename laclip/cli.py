@@ -1,0 +1,39 @@
+"""The laclip command: one subcommand a tool, each imported only when it is asked for."""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "index": ("laclip.prepare.index", "scan webdataset tars into sample indexes"),
+    "tokenize": ("laclip.prepare.tokenize", "captions and rewrites into the caption store"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `laclip COMMAND ...`; errors of the user's input exit with 2 and their message."""
+    parser = argparse.ArgumentParser(prog="laclip", description="Train CLIP with caption rewrites.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    given = sys.argv[1:] if arguments is None else arguments
+    wanted = given[0] if given else None
+    for name, (module_name, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == wanted:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(given)
+    try:
+        return args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"laclip {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"laclip {args.command}: stopped; run it again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

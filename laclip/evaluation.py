@@ -1,0 +1,193 @@
+"""Scores on held-out data: images against texts, and texts against images."""
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from laclip.config import DataConfig, TaskConfig
+from laclip.dataset import Dataset, open_dataset
+from laclip.images import DecodeError, ImagePipeline
+from laclip.loader import check_tokenizer
+from laclip.parallel import Ranks, gather_objects, gather_rows
+from laclip.tokenizer import Tokenizer
+
+Encode = Callable[[torch.Tensor], torch.Tensor]  # inputs -> unit-length features [batch, dim]
+
+
+class HeldOutSet:
+    """A dataset as an evaluation task sees it: its good images and their distinct captions.
+
+    samples: (shard, index) of every image that is not flagged. token_ids: int32
+    `[texts, context_length]`, the distinct original captions. text_of: `[images]`, which caption
+    belongs to each image.
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, context_length: int):
+        check_tokenizer(dataset, tokenizer)
+        self.dataset = dataset
+        self.samples: list[tuple[int, int]] = []
+        self.texts: list[str] = []
+        number_of: dict[tuple[int, ...], int] = {}
+        text_of = []
+        for shard in range(len(dataset.shards)):
+            captions = dataset.captions(shard)
+            for index, record in enumerate(dataset.samples(shard).records):
+                if record["flags"] & 1:  # bad
+                    continue
+                tokens = tuple(int(token) for token in captions.tokens(index, 0))
+                tokens = tokens[: context_length - 2]
+                if tokens not in number_of:
+                    number_of[tokens] = len(number_of)
+                    self.texts.append(tokenizer.decode(list(tokens)).strip())
+                self.samples.append((shard, index))
+                text_of.append(number_of[tokens])
+        if not self.samples:
+            raise ValueError(f"'{dataset.path}' holds no image that can be evaluated")
+        self.text_of = torch.tensor(text_of)
+        self.token_ids = np.zeros((len(number_of), context_length), np.int32)
+        for row, tokens in zip(self.token_ids, number_of):
+            row[: len(tokens) + 2] = (tokenizer.sot_token, *tokens, tokenizer.eot_token)
+
+    def encoded_image(self, number: int) -> np.ndarray:
+        """The encoded bytes of image `number`, uint8."""
+        shard, index = self.samples[number]
+        record = self.dataset.samples(shard).records[index]
+        path = self.dataset.path / self.dataset.shards[shard].name
+        with path.open("rb") as file:
+            file.seek(int(record["offset"]))
+            return np.frombuffer(file.read(int(record["bytes"])), np.uint8)
+
+
+def evaluate(
+    task: TaskConfig,
+    encode_image: Encode,
+    encode_text: Encode,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    image_size: int,
+    context_length: int,
+    batch_size: int,
+    ranks: Ranks,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Score a task on all ranks together.
+
+    Returns (scores, examples). image_to_text: `top1` and `top5` over images, the candidates being
+    the set's distinct captions. text_to_image: `recall_at_1` and `recall_at_5` over distinct
+    captions, a hit being any image with that caption. Both: `chance` of the first, `n` items,
+    `undecodable` images left out. examples: at most 12 evenly spaced images with the five captions
+    nearest to each, the encoded image in base64.
+    """
+    held_out = HeldOutSet(open_dataset(task.data), tokenizer, context_length)
+    pipeline = ImagePipeline(
+        batch_size=batch_size,
+        image_size=image_size,
+        interpolation=data.interpolation,
+        normalize=data.normalize,
+        train=False,
+        device=ranks.device,
+        threads=data.decode_threads,
+        depth=1,
+    )
+    undecodable: list[int] = []
+
+    def images_at(numbers: list[int]) -> torch.Tensor:
+        encoded = [held_out.encoded_image(number) for number in numbers]
+        pipeline.feed(encoded)
+        try:
+            return pipeline.take()
+        except DecodeError as error:
+            undecodable.extend(numbers[i] for i in error.reasons)
+            good = [number for i, number in enumerate(numbers) if i not in error.reasons]
+            images = torch.zeros(len(numbers), 3, image_size, image_size, device=ranks.device)
+            if good:
+                images[[i for i in range(len(numbers)) if i not in error.reasons]] = images_at(good)
+            return images
+
+    def tokens_at(numbers: list[int]) -> torch.Tensor:
+        return torch.from_numpy(held_out.token_ids[numbers]).to(ranks.device)
+
+    image_features = _encode_all(len(held_out.samples), images_at, encode_image, batch_size, ranks)
+    text_features = _encode_all(len(held_out.texts), tokens_at, encode_text, batch_size, ranks)
+    dropped = sorted({number for part in gather_objects(undecodable) for number in part})
+    kept = torch.ones(len(held_out.samples), dtype=torch.bool)
+    kept[dropped] = False
+    image_features, text_of = image_features[kept], held_out.text_of[kept]
+    similarity = image_features @ text_features.T
+    if task.direction == "image_to_text":
+        scores = image_to_text(similarity, text_of)
+    else:
+        scores = text_to_image(similarity, text_of)
+    scores["undecodable"] = len(dropped)
+    numbers = torch.arange(len(kept))[kept]
+    examples = []
+    for row in torch.linspace(0, len(numbers) - 1, min(12, len(numbers))).long().tolist():
+        values, nearest = similarity[row].topk(min(5, len(held_out.texts)))
+        image = held_out.encoded_image(int(numbers[row]))
+        examples.append(
+            {
+                "image": base64.b64encode(image.tobytes()).decode(),
+                "caption": held_out.texts[int(text_of[row])],
+                "nearest": [
+                    [held_out.texts[text], round(value, 4)]
+                    for text, value in zip(nearest.tolist(), values.tolist())
+                ],
+            }
+        )
+    return scores, examples
+
+
+def image_to_text(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, float]:
+    """Scores of images `[images, texts]` whose own texts are `text_of [images]`.
+
+    A text that ties with the right one counts against it.
+    """
+    own = similarity.gather(1, text_of[:, None])
+    better = (similarity >= own).sum(dim=1) - 1
+    return {
+        "top1": (better < 1).float().mean().item(),
+        "top5": (better < 5).float().mean().item(),
+        "chance": 1 / similarity.shape[1],
+        "n": len(similarity),
+    }
+
+
+def text_to_image(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, float]:
+    """Scores of texts against `similarity [images, texts]`; a text's best own image counts."""
+    texts = similarity.shape[1]
+    own = F.one_hot(text_of, texts).bool()
+    asked = own.any(dim=0)
+    best = similarity.masked_fill(~own, -torch.inf).max(dim=0).values
+    better = ((similarity >= best) & ~own).sum(dim=0)[asked]
+    return {
+        "recall_at_1": (better < 1).float().mean().item(),
+        "recall_at_5": (better < 5).float().mean().item(),
+        "chance": (own.sum(dim=0)[asked].float() / len(similarity)).mean().item(),
+        "n": int(asked.sum()),
+    }
+
+
+@torch.no_grad()
+def _encode_all(
+    count: int,
+    inputs_at: Callable[[list[int]], torch.Tensor],
+    encode: Encode,
+    batch_size: int,
+    ranks: Ranks,
+) -> torch.Tensor:
+    """Features of items 0 to count - 1 on the CPU, computed by all ranks in equal shares."""
+    share = -(-count // ranks.world_size)
+    # Equal shares, the last item repeated: under ZeRO-3 every rank must take part in every pass.
+    numbers = [min(ranks.rank * share + i, count - 1) for i in range(share)]
+    features = [
+        encode(inputs_at(numbers[i : i + batch_size])).float() for i in range(0, share, batch_size)
+    ]
+    rows = torch.cat(features)
+    if dist.is_initialized() and ranks.world_size > 1:
+        rows = gather_rows(rows)
+    return rows[:count].cpu()

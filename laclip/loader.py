@@ -1,0 +1,240 @@
+"""The training loader: batch k is a pure function of (datasets, config, seed, k).
+
+    shards -> laclip._native.BatchReader -> encoded images + crop windows + token ids
+           -> laclip.images.ImagePipeline -> LoadedBatch on the device
+
+Its whole state is the index of the next batch and the list of samples found bad.
+"""
+
+import dataclasses
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from laclip import _native
+from laclip.config import DataConfig
+from laclip.dataset import Dataset
+from laclip.images import DecodeError, ImagePipeline
+from laclip.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedBatch:
+    """One rank's part of global batch `index`."""
+
+    index: int
+    images: torch.Tensor  # [batch, 3, size, size] fp32 on the device
+    token_ids: torch.Tensor  # int32 [batch, context_length], or [variants, batch, ...] for multi
+    samples: np.ndarray  # uint64 [batch], places in the list of all samples
+    drawn_variants: np.ndarray  # uint8 [batch], the caption that was drawn
+    substitutes: int  # samples that stand in for bad ones
+    wait_seconds: float  # time that the caller waited
+
+
+class DataError(RuntimeError):
+    """Data that training cannot go on with: unreadable, changed, or too much of it bad."""
+
+
+class Loader:
+    """Iterates over batches from `start` on, without end.
+
+    datasets: opened dataset folders, tokenized by `tokenizer`. global_batch_size: over all ranks;
+    a multiple of world_size. image_size: pixels a side. bad_samples: samples known to be bad, as
+    an earlier run's `bad_samples` gave them. bad_log: a JSONL file to which this rank appends
+    what it finds. Raises ValueError for settings that contradict the datasets.
+    """
+
+    def __init__(
+        self,
+        datasets: list[Dataset],
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        global_batch_size: int,
+        image_size: int,
+        context_length: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        bad_samples: Iterable[int] = (),
+        bad_log: Path | None = None,
+    ):
+        if global_batch_size % world_size:
+            raise ValueError(
+                f"train.global_batch_size: {global_batch_size} does not divide by the "
+                f"{world_size} ranks; the nearest that does: "
+                f"{max(1, global_batch_size // world_size) * world_size}"
+            )
+        for dataset in datasets:
+            check_tokenizer(dataset, tokenizer)
+        options = _native.ReaderOptions()
+        options.seed = seed
+        options.global_batch_size = global_batch_size
+        options.rank, options.world_size = rank, world_size
+        options.window_shards = data.window_shards
+        options.threads = data.reader_threads
+        options.prefetch = data.prefetch
+        options.captions = data.captions
+        options.weights = list(data.weights)
+        options.context_length = context_length
+        options.sot_token, options.eot_token = tokenizer.sot_token, tokenizer.eot_token
+        options.scale_low, options.scale_high = data.crop_scale
+        options.ratio_low, options.ratio_high = data.crop_ratio
+        options.flip = data.flip
+        options.max_pixels = data.max_pixels
+        self.bad_samples: dict[int, str] = dict.fromkeys(bad_samples, "found by an earlier run")
+        self._reader = _native.BatchReader(
+            [files for dataset in datasets for files in shard_files(dataset)], options
+        )
+        self._reader.mark_bad(list(self.bad_samples))
+        self._reader.seek(start)
+        self._pipeline = ImagePipeline(
+            batch_size=global_batch_size // world_size,
+            image_size=image_size,
+            interpolation=data.interpolation,
+            normalize=data.normalize,
+            train=True,
+            device=device,
+            threads=data.decode_threads,
+            depth=data.prefetch,
+            hardware_decoder_share=data.hardware_decoder_share,
+        )
+        self._multi = data.captions == "multi"
+        self._device = device
+        self._depth = data.prefetch
+        self._max_bad_fraction = data.max_bad_fraction
+        self._bad_log = bad_log
+        self._in_flight: deque[_native.Batch] = deque()
+        self._samples_read = 0
+        self._found_bad = 0
+        self._new_bad: dict[int, str] = {}
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return len(self._reader)
+
+    def mark_bad(self, samples: dict[int, str]) -> None:
+        """Samples that another rank found bad: from now on they yield substitutes here too."""
+        if samples:
+            self.bad_samples |= samples
+            self._reader.mark_bad(list(samples))
+
+    def take_new_bad_samples(self) -> dict[int, str]:
+        """What this rank found since the last call, for the other ranks' mark_bad."""
+        new, self._new_bad = self._new_bad, {}
+        return new
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> LoadedBatch:
+        begin = time.perf_counter()
+        while True:
+            while len(self._in_flight) < self._depth:
+                try:
+                    self._feed(self._reader.next())
+                except RuntimeError as error:
+                    raise DataError(f"data.train: {error}") from None
+            try:
+                images = self._pipeline.take()
+                break
+            except DecodeError as error:
+                self._replace(error)
+        batch = self._in_flight.popleft()
+        token_ids = torch.from_numpy(batch.token_ids)
+        if self._device.type == "cuda":
+            token_ids = token_ids.pin_memory().to(self._device, non_blocking=True)
+        self._samples_read += batch.size
+        return LoadedBatch(
+            index=batch.index,
+            images=images,
+            token_ids=token_ids if self._multi else token_ids[0],
+            samples=batch.samples,
+            drawn_variants=batch.drawn_variants,
+            substitutes=batch.substitutes,
+            wait_seconds=time.perf_counter() - begin,
+        )
+
+    def _feed(self, batch: _native.Batch) -> None:
+        self._pipeline.feed(encoded_images(batch), batch.windows, batch.mirrors)
+        self._in_flight.append(batch)
+
+    def _replace(self, error: DecodeError) -> None:
+        """Name the bad samples of the oldest batch, read it again without them, feed all again."""
+        failed, *others = self._in_flight
+        found = {int(failed.samples[i]): reason for i, reason in error.reasons.items()}
+        for sample, reason in found.items():
+            path, key = self._reader.name(sample)
+            self._log_bad({"shard": path, "key": key, "sample": sample, "reason": reason})
+        self.mark_bad(found)
+        self._new_bad |= found
+        self._found_bad += len(found)
+        allowed = max(1.0, self._max_bad_fraction * (self._samples_read + failed.size))
+        if self._found_bad > allowed:
+            listed = "\n".join(
+                f"  {' '.join(self._reader.name(sample))}: {reason}"
+                for sample, reason in list(self.bad_samples.items())[:20]
+            )
+            raise DataError(
+                f"data.max_bad_fraction: {self._found_bad} of the first "
+                f"{self._samples_read + failed.size} samples could not be decoded, allowed are "
+                f"{allowed:.0f} ({self._max_bad_fraction:g}). Run 'laclip index --decode' to flag "
+                f"bad images, or raise the fraction. Found:\n{listed}"
+            )
+        self._in_flight.clear()
+        for batch in (self._reader.read(failed.index), *others):
+            self._feed(batch)
+
+    def _log_bad(self, record: dict) -> None:
+        if self._bad_log is not None:
+            with self._bad_log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def encoded_images(batch: _native.Batch) -> list[np.ndarray]:
+    """The encoded images of a batch as views of its one buffer."""
+    buffer, begins = batch.bytes, batch.begins.tolist()
+    return [buffer[a:b] for a, b in itertools.pairwise(begins)]
+
+
+def check_tokenizer(dataset: Dataset, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a dataset's captions are not in this tokenizer's ids."""
+    if not dataset.variants:
+        raise ValueError(
+            f"'{dataset.path}' has no captions yet. Run: laclip tokenize {dataset.path}"
+        )
+    if dataset.tokenizer != tokenizer.fingerprint:
+        raise ValueError(
+            f"'{dataset.path}/dataset.json' was tokenized with {dataset.tokenizer}, the model "
+            f"expects {tokenizer.fingerprint}. Run: laclip tokenize {dataset.path}, or change "
+            "data.tokenizer"
+        )
+
+
+def shard_files(dataset: Dataset) -> list[_native.ShardFiles]:
+    """What the C++ reader needs to know of each shard."""
+    files = []
+    for shard in dataset.shards:
+        stem = str(dataset.path / shard.name.removesuffix(".tar"))
+        files.append(
+            _native.ShardFiles(
+                tar=stem + ".tar",
+                samples=stem + ".samples",
+                captions=stem + ".captions",
+                tokenizer=dataset.tokenizer or "",
+                count=shard.samples,
+                variants=len(dataset.variants),
+                samples_checksum=int(shard.samples_checksum, 16),
+                captions_checksum=int(shard.captions_checksum or "0", 16),
+            )
+        )
+    return files

@@ -1,0 +1,138 @@
+"""What a run reports while it goes: metrics.jsonl, TensorBoard, Weights & Biases, the console."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class MetricsWriter:
+    """Appends one record a step to FOLDER/metrics.jsonl and mirrors it to the trackers.
+
+    Opened for a run that goes on at `next_step`, it first drops the records of later steps, which
+    the stopped run wrote but its checkpoint does not hold.
+    """
+
+    def __init__(self, folder: Path, *, next_step: int, tensorboard: bool, wandb_project: str):
+        self.path = folder / "metrics.jsonl"
+        kept = [record for record in read_metrics(folder) if record["step"] < next_step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        if not self.path.exists() or self.path.read_text() != text:
+            self.path.write_text(text)
+        self._file = self.path.open("a", buffering=1)
+        self._tensorboard = None
+        self._wandb = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=next_step)
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError(
+                    "log.wandb_project is set, but the package wandb is not installed. "
+                    "Run: pip install 'laclip[wandb]'"
+                ) from None
+            self._wandb = wandb.init(
+                project=wandb_project, name=folder.name, dir=str(folder), resume="allow"
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """record: `step` and numbers, or flat dictionaries of numbers."""
+        self._file.write(json.dumps(record) + "\n")
+        numbers: dict[str, Any] = {}
+        for name, value in record.items():
+            if isinstance(value, dict):
+                numbers |= {f"{name}/{key}": item for key, item in value.items()}
+            elif name != "step":
+                numbers[f"train/{name}"] = value
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of FOLDER/metrics.jsonl; a last line that a killed run left half is dropped."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:
+                raise ValueError(f"'{path}' line {number + 1} is not JSON: {line[:80]!r}") from None
+    return records
+
+
+def variant_shares(names: tuple[str, ...], drawn: np.ndarray) -> dict[str, float]:
+    """Share of each caption variant among the drawn ones."""
+    counts = np.bincount(drawn, minlength=len(names))
+    return {name: round(float(count) / len(drawn), 4) for name, count in zip(names, counts)}
+
+
+class Progress:
+    """The line that a person watches: rewritten in place on a terminal, now and then elsewhere."""
+
+    def __init__(self, total_steps: int, step: int, samples_per_epoch: int, batch_size: int):
+        self.total_steps = total_steps
+        self.samples_per_epoch = samples_per_epoch
+        self.batch_size = batch_size
+        self._terminal = sys.stdout.isatty()
+        self._seconds_a_step: float | None = None
+        self._last = 0.0
+        self._width = 0
+
+    def show(self, step: int, record: dict[str, Any]) -> None:
+        """step: steps done."""
+        seconds = self.batch_size / record["images_per_second"]
+        old = self._seconds_a_step
+        self._seconds_a_step = seconds if old is None else 0.95 * old + 0.05 * seconds
+        now = time.monotonic()
+        if step < self.total_steps and now - self._last < (0.2 if self._terminal else 10):
+            return
+        self._last = now
+        left = (self.total_steps - step) * self._seconds_a_step
+        line = (
+            f"step {step}/{self.total_steps}  "
+            f"epoch {step * self.batch_size / self.samples_per_epoch:.2f}  "
+            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"{self.batch_size / self._seconds_a_step:,.0f} images/s  "
+            f"data wait {100 * record['data_wait']:.1f} %  left {duration(left)}"
+        )
+        if self._terminal:
+            print("\r" + line.ljust(self._width), end="", flush=True)
+            self._width = len(line)
+        else:
+            print(line, flush=True)
+
+    def end_line(self) -> None:
+        """Leave the line as it stands, so that other text may follow."""
+        if self._terminal and self._width:
+            print(flush=True)
+            self._width = 0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45 s, 3:05 or 2:03:05."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,93 @@
+"""The ranks of a job: who this process is, and how all of them agree."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def find_ranks() -> Ranks:
+    """Read the launcher's variables; a process started without a launcher is a job of one."""
+    if "RANK" not in os.environ:
+        if "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:  # srun, one task a rank
+            os.environ["RANK"] = os.environ["SLURM_PROCID"]
+            os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+            os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        else:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    number = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return bool(number.item())
+
+
+def mean_over_ranks(value: torch.Tensor) -> float:
+    """The mean of a scalar over all ranks."""
+    total = value.detach().float().reshape(1).clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def from_first(value: Any) -> Any:
+    """The first rank's value, on all ranks; any object that pickles."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks, on all ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows in the order of the ranks; their numbers may differ. `[n, ...]`."""
+    counts = gather_objects(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    pieces = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(pieces, padded)
+    return torch.cat([piece[:count] for piece, count in zip(pieces, counts)])
+
+
+def raise_on_all(error: BaseException | None, what: str) -> None:
+    """Raise on every rank if any rank failed: its own error there, RuntimeError elsewhere."""
+    failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise RuntimeError(f"{what} failed on rank {rank}: {failure}")

@@ -1,0 +1,158 @@
+"""Writing into a dataset's folder: whole files or nothing, and dataset.json from the sidecars."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laclip import _native
+from laclip.dataset import BAD, FORMAT, VERSION, CaptionsTable, SamplesTable
+
+_HOST = re.sub("[^A-Za-z0-9]", "_", os.uname().nodename)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that tells whose it is, for `remove_leftovers`."""
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def write_whole(path: Path, chunks: Iterable[Any]) -> None:
+    """Write a file so that at any moment the old or the new one is there, whole.
+
+    A temporary name beside it, synced, renamed, the folder synced. On any error the temporary file
+    is removed; one that a killed process left is removed by the next `remove_leftovers`.
+    """
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def seal(header: np.ndarray, parts: Iterable[bytes | np.ndarray]) -> list[np.ndarray]:
+    """The parts of a sidecar with the header's `checksum` set: XXH64 of the file with it zero."""
+    header["checksum"] = 0
+    whole = np.concatenate([np.frombuffer(part, np.uint8) for part in (header.tobytes(), *parts)])
+    header["checksum"] = _native.xxh64(whole)
+    whole[: header.itemsize] = np.frombuffer(header.tobytes(), np.uint8)
+    return [whole]
+
+
+def file_checksum(data: np.ndarray, header_bytes: int) -> int:
+    """What `checksum` in a mapped sidecar should be; the field ends its header."""
+    copy = np.array(data)
+    copy[header_bytes - 8 : header_bytes] = 0
+    return _native.xxh64(copy)
+
+
+def tar_paths(folder: Path) -> list[Path]:
+    """The tars of a dataset in the order of its shards: by name. Raises when there is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected one with tars")
+    paths = sorted(path for path in folder.iterdir() if path.name.endswith(".tar"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no file *.tar in it; expected webdataset shards")
+    return paths
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of this machine's dead processes (a write under way is left alone)."""
+    for path in folder.glob(".*.tmp"):
+        host, *rest = path.name.split(".")[-2].split("-")
+        if host == _HOST and len(rest) == 2 and not Path(f"/proc/{rest[0]}").exists():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path) -> dict:
+    """dataset.json as it is, or an empty one."""
+    try:
+        manifest = json.loads((folder / "dataset.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def samples_summary(path: Path) -> dict:
+    """A shard's entry of dataset.json, from its .samples file, and its bad samples by reason.
+
+    Nothing stays mapped: 41,400 open maps would pass the limit on open files.
+    """
+    table = SamplesTable(path)
+    bad = np.flatnonzero(table.records["flags"] & BAD)
+    reasons: dict[int, tuple[int, str]] = {}
+    for index, reason in zip(bad.tolist(), table.records["reason"][bad].tolist(), strict=True):
+        times, first = reasons.get(reason, (0, table.key(index)))
+        reasons[reason] = times + 1, first
+    shard = {
+        "name": f"{path.stem}.tar",
+        "samples": len(table),
+        "bad": len(bad),
+        "samples_checksum": f"{int(table.header['checksum']):016x}",
+    }
+    return {"shard": shard, "reasons": reasons}
+
+
+def write_manifest(
+    folder: Path,
+    shards: list[dict],
+    variants: list[str],
+    tokenizer: str | None,
+    libraries: dict[str, str],
+) -> bool:
+    """Write dataset.json from the shards' entries (`samples_summary`), in their order.
+
+    Captions are recorded only if every shard has them for just these samples, variants and
+    tokenizer; otherwise the dataset counts as not tokenized. Returns whether they are recorded.
+    """
+    checksums = [_captions_checksum(folder, shard, len(variants), tokenizer) for shard in shards]
+    tokenized = bool(variants) and None not in checksums
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "variants": variants if tokenized else [],
+        "tokenizer": tokenizer if tokenized else None,
+        "libraries": libraries,
+    }
+    lines = [
+        "    " + json.dumps({**shard, "captions_checksum": checksum if tokenized else None})
+        for shard, checksum in zip(shards, checksums, strict=True)
+    ]
+    text = json.dumps(head, indent=2)[:-2] + ',\n  "shards": [\n' + ",\n".join(lines) + "\n  ]\n}\n"
+    write_whole(folder / "dataset.json", [text.encode()])
+    return tokenized
+
+
+def _captions_checksum(
+    folder: Path, shard: dict, variants: int, tokenizer: str | None
+) -> str | None:
+    try:
+        captions = CaptionsTable(folder / f"{shard['name'].removesuffix('.tar')}.captions")
+    except (FileNotFoundError, ValueError):
+        return None
+    fits = (
+        f"{int(captions.header['samples_checksum']):016x}" == shard["samples_checksum"]
+        and captions.variants == variants
+        and captions.tokenizer == tokenizer
+        and captions.count == shard["samples"]
+    )
+    return f"{int(captions.header['checksum']):016x}" if fits else None

@@ -1,0 +1,162 @@
+"""laclip index: scan the tars of a folder into .samples files and dataset.json.
+
+    laclip index FOLDER [--decode]
+
+The tars are read once, from end to end, and never written.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import laclip
+from laclip import _native
+from laclip.dataset import BAD, DECODED, REASONS, SAMPLE_RECORD, SAMPLES_HEADER, SamplesTable
+from laclip.prepare.folder import (
+    read_manifest,
+    remove_leftovers,
+    samples_summary,
+    seal,
+    tar_paths,
+    write_manifest,
+    write_whole,
+)
+from laclip.prepare.shards import add_run_arguments, run_shards
+
+RULES = 1  # of telling samples, keys and bad ones apart; a change makes every shard be scanned anew
+DECODE_FAILED = REASONS.index("does not decode")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="folder of webdataset tars (*.tar)")
+    parser.add_argument(
+        "--decode", action="store_true", help="also decode every image and flag those that fail"
+    )
+    parser.add_argument("--force", action="store_true", help="scan shards that are up to date too")
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    print(index(args.folder, args.decode, args.force, args.jobs, args.ray))
+    return 0
+
+
+def index(
+    folder: str | Path,
+    decode: bool = False,
+    force: bool = False,
+    jobs: int = 1,
+    ray: bool = False,
+) -> str:
+    """Scan every tar of `folder` that has no up-to-date .samples file; write dataset.json.
+
+    `decode` also decodes every image and flags those that fail. Returns what was found, as text.
+    Raises FileNotFoundError without tars, ValueError for a tar that is broken or holds no sample,
+    with its name and position. Running it again does what is left.
+    """
+    folder = Path(folder)
+    paths = tar_paths(folder)
+    remove_leftovers(folder)
+    if decode:
+        jobs = 1  # the decoder brings its own threads
+    found = run_shards(
+        index_shard,
+        [(path, decode, force) for path in paths],
+        label="index",
+        jobs=jobs,
+        ray=ray,
+        weigh=lambda result: (result["bytes"] / 1e9, "GB"),
+    )
+    manifest = read_manifest(folder)
+    libraries = {**manifest.get("libraries", {}), "laclip": laclip.__version__}
+    variants, tokenizer = manifest.get("variants", []), manifest.get("tokenizer")
+    kept = write_manifest(
+        folder, [result["shard"] for result in found], variants, tokenizer, libraries
+    )
+    text = _report(folder, found)
+    if variants and not kept:
+        text += f"\nits captions are not of these samples. Run: laclip tokenize {folder}"
+    return text
+
+
+def samples_path(tar: Path) -> Path:
+    return tar.with_name(f"{tar.name.removesuffix('.tar')}.samples")
+
+
+def index_shard(tar: Path, decode: bool = False, force: bool = False) -> dict:
+    """Write the .samples file of one tar. Returns its summary and what was read and left out."""
+    path = samples_path(tar)
+    if not force and _up_to_date(tar, path, decode):
+        return {**samples_summary(path), "bytes": 0, "other_members": 0}
+    scan = _native.scan_tar(str(tar))
+    if scan["count"] == 0:
+        raise ValueError(
+            f"{tar}: holds no samples, expected members such as KEY.jpg and KEY.txt. "
+            "Remove it or make it again"
+        )
+    records = np.frombuffer(scan["records"], SAMPLE_RECORD).copy()
+    if decode:
+        from laclip.prepare.decode import find_undecodable
+
+        good = np.flatnonzero(records["flags"] & BAD == 0)
+        failed = good[find_undecodable(tar, records[good])]
+        records["flags"][good] |= DECODED
+        records["flags"][failed] |= BAD
+        records["reason"][failed] = DECODE_FAILED
+    header = np.zeros((), SAMPLES_HEADER)
+    header["magic"] = b"LACLIPSM"
+    header["version"], header["header_bytes"] = 1, SAMPLES_HEADER.itemsize
+    header["count"], header["keys_bytes"] = scan["count"], len(scan["keys"])
+    header["shard_bytes"], header["shard_checksum"] = scan["shard_bytes"], scan["shard_checksum"]
+    header["rules"] = RULES
+    write_whole(path, seal(header, [records.tobytes(), scan["key_end"], scan["keys"]]))
+    return {
+        **samples_summary(path),
+        "bytes": scan["shard_bytes"],
+        "other_members": scan["other_members"],
+    }
+
+
+def _up_to_date(tar: Path, path: Path, decode: bool) -> bool:
+    try:
+        table = SamplesTable(path)
+        status = tar.stat()
+        newer = path.stat().st_mtime_ns >= status.st_mtime_ns
+    except (FileNotFoundError, ValueError):
+        return False
+    good = table.records["flags"] & BAD == 0
+    decoded = not decode or bool(np.all(table.records["flags"][good] & DECODED))
+    same = table.header["shard_bytes"] == status.st_size and table.header["rules"] == RULES
+    return bool(newer and same and decoded)
+
+
+def _repeated_keys(folder: Path, shards: list[dict]) -> str:
+    """Keys that occur in several shards are legal, as rewrites reach all of them; say how many."""
+    hashes = np.empty(sum(shard["samples"] for shard in shards), np.uint64)
+    at = 0
+    for shard in shards:
+        table = SamplesTable(samples_path(folder / shard["name"]))
+        hashes[at : at + len(table)] = table.key_hashes()
+        at += len(table)
+    hashes.sort()
+    repeated = int(np.count_nonzero(hashes[1:] == hashes[:-1]))
+    return f"\n  {repeated} keys occur more than once" if repeated else ""
+
+
+def _report(folder: Path, found: list[dict]) -> str:
+    """Samples, and bad ones by reason with the first key of each."""
+    shards = [result["shard"] for result in found]
+    count, bad = sum(s["samples"] for s in shards), sum(s["bad"] for s in shards)
+    text = f"{folder}: {count} samples in {len(shards)} shards, {bad} bad"
+    totals: dict[int, list] = {}
+    for result in found:
+        for reason, (times, key) in result["reasons"].items():
+            entry = totals.setdefault(reason, [0, f"{result['shard']['name']}: {key}"])
+            entry[0] += times
+    for reason, (times, first) in sorted(totals.items()):
+        text += f"\n  {times} x {REASONS[reason]} (first: {first})"
+    others = sum(result["other_members"] for result in found)
+    if others:
+        text += f"\n  {others} files in the tars belong to no sample"
+    return text + _repeated_keys(folder, shards)

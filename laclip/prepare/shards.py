@@ -1,0 +1,136 @@
+"""Running one function over many shards: on local processes or on a Ray cluster, with progress."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from typing import Any
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every tool that works shard by shard."""
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes on this machine (default: one a core)",
+    )
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="run the shards on a Ray cluster (RAY_ADDRESS, or a local one); the folder must be "
+        "on a file system that every node sees",
+    )
+
+
+def run_shards(
+    function: Callable[..., Any],
+    tasks: Sequence[tuple],
+    *,
+    label: str,
+    jobs: int = 1,
+    ray: bool = False,
+    weigh: Callable[[Any], tuple[float, str]] = lambda result: (1.0, "shards"),
+) -> list[Any]:
+    """`[function(*task) for task in tasks]`, in parallel, in order, with a line of progress.
+
+    `function` is a module-level function; `weigh(result)` gives what the progress line adds up and
+    its unit. The first exception stops the run: shards already done stay done.
+    """
+    results: list[Any] = [None] * len(tasks)
+    progress = _Progress(label, len(tasks))
+    if ray:
+        finished = _on_ray(function, tasks)
+    elif jobs > 1 and len(tasks) > 1:
+        finished = _on_processes(function, tasks, min(jobs, len(tasks)))
+    else:
+        finished = ((i, function(*task)) for i, task in enumerate(tasks))
+    for index, result in finished:
+        results[index] = result
+        progress.add(*weigh(result))
+    progress.close()
+    return results
+
+
+def _on_processes(function, tasks, jobs: int) -> Iterator[tuple[int, Any]]:
+    # spawn: a fork of a process with threads may hang.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = iter(enumerate(tasks))
+        running: dict[Any, int] = {}
+        try:
+            while True:
+                while len(running) < 2 * jobs and (item := next(waiting, None)) is not None:
+                    running[pool.submit(function, *item[1])] = item[0]
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _on_ray(function, tasks) -> Iterator[tuple[int, Any]]:
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ValueError("--ray needs the package ray. Run: pip install 'laclip[ray]'") from None
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    try:
+        remote = ray.remote(function)
+        window = int(2 * ray.cluster_resources().get("CPU", 1))
+        waiting = iter(enumerate(tasks))
+        running: dict[Any, int] = {}
+        while True:
+            while len(running) < window and (item := next(waiting, None)) is not None:
+                running[remote.remote(*item[1])] = item[0]
+            if not running:
+                return
+            done, _ = ray.wait(list(running))
+            for reference in done:
+                index = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                yield index, result
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class _Progress:
+    """One line on a terminal's stderr: shards done, rate, time left. Silent elsewhere."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.done, self.amount, self.unit = label, total, 0, 0.0, ""
+        self.begin = time.monotonic()
+        self.shown = 0.0
+        self.on = sys.stderr.isatty()
+
+    def add(self, amount: float, unit: str) -> None:
+        self.done += 1
+        self.amount += amount
+        self.unit = unit
+        now = time.monotonic()
+        if not self.on or (now - self.shown < 0.2 and self.done < self.total):
+            return
+        self.shown = now
+        elapsed = max(now - self.begin, 1e-9)
+        left = int(elapsed / self.done * (self.total - self.done))
+        rate = self.amount / elapsed
+        shown_rate = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}"
+        sys.stderr.write(
+            f"\r{self.label}: {self.done}/{self.total} shards, {shown_rate} {self.unit}/s, "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left \x1b[K"
+        )
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        if self.on:
+            sys.stderr.write("\n")

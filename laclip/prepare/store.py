@@ -1,0 +1,99 @@
+"""A file of rewrites as arrays that any number of processes map: text by identity, at random.
+
+16 million texts take 400 MB of arrays beside their bytes, and none of it is held in memory.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from laclip import _native
+
+
+class TextStore:
+    """Texts by identity (see sources.py). Build once, then open in every process."""
+
+    def __init__(self, folder: Path):
+        self.hashes = np.load(folder / "hashes.npy", mmap_mode="r")  # sorted
+        self._ends = np.load(folder / "ends.npy", mmap_mode="r")
+        self._order = np.load(folder / "order.npy", mmap_mode="r")
+        bytes_file = folder / "bytes"
+        empty = bytes_file.stat().st_size == 0
+        self._bytes = np.zeros(0, np.uint8) if empty else np.memmap(bytes_file, np.uint8, "r")
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def find(self, identities: Sequence[str | None]) -> tuple[list[str | None], np.ndarray]:
+        """The text of each identity or None, and the numbers of the texts that were found."""
+        known = [identity.encode() for identity in identities if identity is not None]
+        wanted = hash_strings(known)
+        places = np.searchsorted(self.hashes, wanted).tolist()
+        texts: list[str | None] = []
+        found = []
+        at = iter(zip(known, wanted.tolist(), places, strict=True))
+        for identity in identities:
+            text = None
+            if identity is not None:
+                raw, hashed, place = next(at)
+                # Equal hashes stand in the file's order: the first text of an identity wins.
+                while place < len(self.hashes) and self.hashes[place] == hashed:
+                    number = int(self._order[place])
+                    begin, middle, end = (int(e) for e in self._ends[number])
+                    if self._bytes[begin:middle].tobytes() == raw:
+                        text = self._bytes[middle:end].tobytes().decode()
+                        found.append(number)
+                        break
+                    place += 1
+            texts.append(text)
+        return texts, np.array(found, np.int64)
+
+
+def build_store(folder: Path, pairs: Iterable[tuple[str, str]]) -> tuple[int, int]:
+    """Write (identity, text) pairs as a store; returns the checksum and how many there are."""
+    folder.mkdir()
+    checksum, count, at = 0, 0, 0
+    hashes, ends = [], []
+    with open(folder / "bytes", "wb") as file:
+        batch: list[tuple[bytes, bytes]] = []
+
+        def flush():
+            nonlocal checksum, at
+            blob = b"".join(part for pair in batch for part in pair)
+            lengths = np.array([(len(a), len(b)) for a, b in batch], np.int64)
+            stops = at + np.cumsum(lengths.ravel()).reshape(-1, 2)
+            starts = np.concatenate([[at], stops[:-1, 1]])
+            ends.append(np.column_stack([starts, stops]))
+            hashes.append(hash_strings([identity for identity, _ in batch]))
+            seed = np.frombuffer(
+                checksum.to_bytes(8, "little") + lengths.tobytes() + blob, np.uint8
+            )
+            checksum = _native.xxh64(seed)
+            file.write(blob)
+            at += len(blob)
+            batch.clear()
+
+        for identity, text in pairs:
+            batch.append((identity.encode(), text.encode(errors="replace")))
+            count += 1
+            if len(batch) == 100_000:
+                flush()
+        if batch:
+            flush()
+    all_hashes = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+    order = np.argsort(all_hashes, kind="stable")
+    np.save(folder / "hashes.npy", all_hashes[order])
+    np.save(folder / "order.npy", order)
+    np.save(folder / "ends.npy", np.concatenate(ends) if ends else np.zeros((0, 3), np.int64))
+    return checksum, count
+
+
+def hash_strings(strings: Sequence[bytes]) -> np.ndarray:
+    """XXH64 of each string, uint64."""
+    ends = np.cumsum([len(string) for string in strings], dtype=np.uint64)
+    if len(ends) and ends[-1] > 0xFFFFFFFF:
+        middle = len(strings) // 2
+        return np.concatenate([hash_strings(strings[:middle]), hash_strings(strings[middle:])])
+    whole = np.frombuffer(b"".join(strings), np.uint8)
+    return _native.hash_slices(whole, ends.astype(np.uint32))

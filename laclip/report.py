@@ -1,0 +1,168 @@
+"""One HTML page of a run: scores, curves, held-out images with the captions found for them."""
+
+import html
+import io
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from laclip.metrics import duration, read_metrics
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a9d5c; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; width: 100% } td, th { padding: .35rem .7rem }
+td, th { text-align: right; border-bottom: 1px solid var(--soft) }
+td:first-child, th:first-child, td.left, th.left { text-align: left }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1rem }
+.curves svg { width: 100%; height: auto; background: #fff; border-radius: 6px }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 1rem }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem }
+.card { display: flex; gap: .8rem }
+.card img { width: 72px; height: 72px; background: #fff; object-fit: contain }
+.card ol { margin: .3rem 0 0; padding-left: 1.2rem; font-size: .85rem } .hit { color: var(--good);
+font-weight: 600 } .soft { opacity: .7 } pre { background: var(--soft); padding: 1rem }
+pre { overflow: auto; border-radius: 6px; font-size: .8rem } .caption { font-weight: 600 }
+"""
+
+_CURVES = (  # key of the metrics, title, whether one value a step is too noisy to read
+    ("loss", "Loss", True),
+    ("images_per_second", "Images a second", True),
+    ("lr", "Learning rate", False),
+    ("logit_scale", "Logit scale", False),
+    ("gradient_norm", "Gradient norm", True),
+    ("data_wait", "Share of the time spent waiting for data", True),
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write FOLDER/report.html from the run's own files; returns its path."""
+    page = folder / "report.html"
+    temporary = page.with_suffix(".partial")
+    temporary.write_text(render_report(folder))
+    temporary.rename(page)
+    return page
+
+
+def render_report(folder: Path) -> str:
+    """The page's text. Missing parts (a run that is not finished) are left out."""
+    records = read_metrics(folder)
+    config = (folder / "config.toml").read_text() if (folder / "config.toml").exists() else ""
+    status = _read_json(folder / "status.json")
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        '<meta name=viewport content="width=device-width">',
+        f"<title>{html.escape(folder.name)} - laclip</title><style>{_STYLE}</style>",
+        f"<h1>{html.escape(folder.name)}</h1>",
+        f"<p class=soft>{html.escape(_summary(records, status, config))}</p>",
+    ]
+    scores = _read_json(folder / "scores.json")
+    if scores:
+        parts += ["<h2>Held-out scores</h2>", _score_table(scores)]
+    if len(records) > 1:
+        figures = "".join(_curve(records, *curve) for curve in _CURVES)
+        parts += ["<h2>Training</h2>", f"<div class=curves>{figures}</div>"]
+        shares = records[-1].get("variants")
+        if shares:
+            parts += ["<h2>Captions drawn</h2>", _variant_table(records)]
+    examples = _read_json(folder / "examples.json")
+    for name, cards in examples.items():
+        parts += [
+            f"<h2>{html.escape(name)}: images and the captions nearest to each</h2>",
+            f"<div class=gallery>{''.join(map(_card, cards))}</div>",
+        ]
+    bad = folder / "bad_samples.jsonl"
+    if bad.exists():
+        parts += ["<h2>Bad samples</h2>", f"<pre>{html.escape(bad.read_text())}</pre>"]
+    if config:
+        parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
+    return "\n".join(parts) + "\n"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _summary(records: list[dict], status: dict, config: str) -> str:
+    texts = [status.get("state", "")]
+    if status.get("reason"):
+        texts.append(status["reason"])
+    if records:
+        first, last = records[0], records[-1]
+        batch = tomllib.loads(config)["train"]["global_batch_size"] if config else 0
+        seconds = sum(batch / record["images_per_second"] for record in records)
+        texts += [
+            f"{last['step'] + 1:,} steps of {batch}",
+            f"loss {first['loss']:.3f} to {last['loss']:.3f}",
+            f"trained for {duration(seconds)}",
+        ]
+    if status.get("time"):
+        texts.append(status["time"])
+    return " · ".join(text for text in texts if text)
+
+
+def _score_table(scores: dict[str, dict[str, float]]) -> str:
+    rows = [
+        "<tr><th>Set<th class=left>Measure<th>Score<th>At 5<th>Chance<th>Times chance<th>Items</tr>"
+    ]
+    for name, score in scores.items():
+        texts = "recall_at_1" in score
+        first, fifth = ("recall_at_1", "recall_at_5") if texts else ("top1", "top5")
+        measure = "text to image, recall at 1" if texts else "image to text, top-1"
+        rows.append(
+            f"<tr><td>{html.escape(name)}<td class=left>{measure}<td>{score[first]:.1%}"
+            f"<td>{score[fifth]:.1%}<td>{score['chance']:.2%}"
+            f"<td>{score[first] / score['chance']:.0f}<td>{score['n']:,}</tr>"
+        )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _variant_table(records: list[dict]) -> str:
+    names = records[-1]["variants"]
+    shares = {name: sum(r["variants"][name] for r in records) / len(records) for name in names}
+    rows = "".join(f"<tr><td>{html.escape(n)}<td>{share:.1%}</tr>" for n, share in shares.items())
+    return f"<table><tr><th>Variant<th>Share</tr>{rows}</table>"
+
+
+def _curve(records: list[dict], key: str, title: str, noisy: bool) -> str:
+    from matplotlib.figure import Figure
+
+    steps = [record["step"] for record in records]
+    values = [record[key] for record in records]
+    figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, values, color="#9db8d6" if noisy else "#1f5fa8", linewidth=1)
+    if noisy:
+        axes.plot(steps, _smooth(values), color="#1f5fa8", linewidth=1.6)
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel("step", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if key in ("images_per_second", "data_wait"):
+        axes.set_ylim(bottom=0)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Means over a centred window of a twentieth of the run."""
+    half = max(1, len(values) // 40)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _card(example: dict[str, Any]) -> str:
+    items = "".join(
+        f"<li{' class=hit' if text == example['caption'] else ''}>{html.escape(text)} "
+        f"<span class=soft>{value:.2f}</span></li>"
+        for text, value in example["nearest"]
+    )
+    return (
+        f'<div class=card><img alt="" src="data:image;base64,{example["image"]}"><div>'
+        f"<span class=caption>{html.escape(example['caption'])}</span><ol>{items}</ol></div></div>"
+    )

@@ -1,0 +1,228 @@
+"""Texts to token ids and back: CLIP's byte-pair vocabulary, or a SentencePiece model.
+
+The CLIP tokenizer gives the ids of OpenAI's SimpleTokenizer (github.com/openai/CLIP,
+clip/simple_tokenizer.py) for every Python string. `csrc/` does the work; `ReferenceTokenizer` is
+its slow and obvious twin, which the tests hold it to.
+"""
+
+import gzip
+import hashlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+import laclip._native as _native
+from laclip.text_clean import character_table, clean_text, split_words
+
+VOCABULARY = Path(__file__).parent / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+RULES = 1  # raised whenever the ids of any text change
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
+
+
+def load_tokenizer(spec="clip"):
+    """The tokenizer that `spec` names: "clip", or "sentencepiece:FILE".
+
+    Raises ValueError for another spec, FileNotFoundError or ValueError where a vocabulary is
+    missing or damaged.
+    """
+    if spec == "clip":
+        return Tokenizer()
+    raise ValueError(f"tokenizer: found {spec!r}, expected 'clip' or 'sentencepiece:FILE'")
+
+
+def read_merges(path=VOCABULARY):
+    """The text of the vocabulary file, as bytes, checked against its known hash."""
+    try:
+        packed = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"CLIP's vocabulary {path} is missing. Reinstall laclip, which carries it."
+        ) from None
+    found = hashlib.sha256(packed).hexdigest()
+    if found != VOCABULARY_SHA256:
+        raise ValueError(
+            f"CLIP's vocabulary {path} has sha256 {found} ({len(packed)} bytes), expected "
+            f"{VOCABULARY_SHA256}. Reinstall laclip, which carries it."
+        )
+    return gzip.decompress(packed)
+
+
+def _as_strings(texts):
+    if isinstance(texts, str):
+        raise TypeError("found one str, expected several: pass [text]")
+    return tuple(texts)
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding. Immutable: one instance serves any number of threads."""
+
+    def __init__(self):
+        self._bpe = _native.Bpe(read_merges())
+        self._table = None  # of characters beyond ASCII, made when the first comes
+        self._table_made = False
+        self.vocab_size = 49408
+        self.sot_token = 49406
+        self.eot_token = 49407
+        rules = f"{VOCABULARY_SHA256} rules {RULES}".encode()
+        self.fingerprint = f"clip:{hashlib.sha256(rules).hexdigest()[:16]}"
+
+    def encode(self, text):
+        """The ids of one text, without special tokens, as a list."""
+        return self.encode_ragged([text])[0].tolist()
+
+    def encode_batch(self, texts, context_length=77, num_threads=1, out=None):
+        """Rows of equal length: start of text, ids, end of text, zeros.
+
+        texts: any iterable of str; context_length: at least 3; a longer text is cut, its row still
+        ends in the end of text; out: a C-contiguous int32 array [texts, context_length] to fill.
+        Returns int32 [texts, context_length], `out` where it was given.
+        Raises TypeError for what is not a str, ValueError for a bad length or `out`.
+        """
+        texts = _as_strings(texts)
+        out = _rows(len(texts), context_length, num_threads, out)
+        unclean = self._bpe.encode_padded(self._table, texts, False, out, num_threads)
+        if len(unclean):
+            rows = np.empty((len(unclean), context_length), np.int32)
+            rest = tuple(texts[i] for i in unclean.tolist())
+            if self._make_table():
+                self.encode_batch(rest, context_length, num_threads, rows)
+            else:
+                self._bpe.encode_padded(None, _joined_words(rest), True, rows, num_threads)
+            out[unclean] = rows
+        return out
+
+    def encode_ragged(self, texts, num_threads=1, max_tokens=None):
+        """All ids in one array, without special tokens or padding.
+
+        texts: any iterable of str; max_tokens: keep at most so many ids of a text.
+        Returns (tokens uint16 [total], offsets int64 [texts + 1]): text i has
+        tokens[offsets[i]:offsets[i + 1]].
+        """
+        texts = _as_strings(texts)
+        _check_threads(num_threads)
+        if max_tokens is None:
+            max_tokens = 2**62
+        elif max_tokens < 0:
+            raise ValueError(f"max_tokens: found {max_tokens}, expected 0 or more")
+        tokens, lengths, unclean = self._bpe.encode_ragged(
+            self._table, texts, False, max_tokens, num_threads
+        )
+        offsets = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        if len(unclean):
+            rest = tuple(texts[i] for i in unclean.tolist())
+            if self._make_table():
+                inserted, inserted_offsets = self.encode_ragged(rest, num_threads, max_tokens)
+                inserted_lengths = np.diff(inserted_offsets)
+            else:
+                inserted, inserted_lengths, _ = self._bpe.encode_ragged(
+                    None, _joined_words(rest), True, max_tokens, num_threads
+                )
+            tokens = np.insert(tokens, np.repeat(offsets[unclean], inserted_lengths), inserted)
+            lengths[unclean] = inserted_lengths
+            np.cumsum(lengths, out=offsets[1:])
+        return tokens, offsets
+
+    def _make_table(self):
+        """True where this call made the table, so that another try may need less cleaning."""
+        if self._table_made:
+            return False
+        self._table = character_table()
+        self._table_made = True
+        return self._table is not None
+
+    def decode(self, ids):
+        """The text of ids, cleaned as it was: lower case, a space after each word. Bytes that are
+        no UTF-8 become U+FFFD. Raises ValueError for an id outside the vocabulary."""
+        return _decode(self._bpe.bytes_of, ids, self.vocab_size)
+
+
+class ReferenceTokenizer:
+    """The slow twin of Tokenizer: the same ids and nothing but Python."""
+
+    def __init__(self):
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in printable]
+        # The file writes byte b as the character names[b]; ids follow the order of the dict.
+        names = {byte: chr(byte) for byte in printable}
+        names |= {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+        merges = [
+            tuple(line.split()) for line in read_merges().decode().split("\n")[1 : 49152 - 256 - 1]
+        ]
+        symbols = [*names.values(), *(name + "</w>" for name in names.values())]
+        symbols += ["".join(merge) for merge in merges]
+        symbols += SPECIAL_TOKENS
+        self._names = names
+        self._bytes = {name: byte for byte, name in names.items()}
+        self._ids = {symbol: i for i, symbol in enumerate(symbols)}
+        self._symbols = symbols
+        self._ranks = {merge: rank for rank, merge in enumerate(merges)}
+
+    def encode(self, text):
+        """The ids of one text, without special tokens, as a list."""
+        ids = []
+        for word in split_words(clean_text(text)):
+            ids += self._encode_word("".join(self._names[byte] for byte in word.encode()))
+        return ids
+
+    def _encode_word(self, word):
+        if word in SPECIAL_TOKENS:
+            return [self._ids[word]]
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pairs = set(itertools.pairwise(parts))
+            best = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
+            if best not in self._ranks:
+                break
+            merged = []
+            i = 0
+            while i < len(parts):
+                if tuple(parts[i : i + 2]) == best:
+                    merged.append(parts[i] + parts[i + 1])
+                    i += 2
+                else:
+                    merged.append(parts[i])
+                    i += 1
+            parts = merged
+        return [self._ids[part] for part in parts]
+
+    def decode(self, ids):
+        """The text of ids, as Tokenizer.decode gives it."""
+        text = "".join(self._symbols[i] for i in ids)
+        return bytes(self._bytes[c] for c in text).decode(errors="replace").replace("</w>", " ")
+
+
+def _joined_words(texts):
+    # A word has no white space, so a space can stand between two.
+    return tuple(" ".join(split_words(clean_text(text))) for text in texts)
+
+
+def _check_threads(num_threads):
+    if num_threads < 1:
+        raise ValueError(f"num_threads: found {num_threads}, expected 1 or more")
+
+
+def _rows(count, context_length, num_threads, out):
+    _check_threads(num_threads)
+    if context_length < 3:
+        raise ValueError(f"context_length: found {context_length}, expected 3 or more")
+    if out is None:
+        return np.empty((count, context_length), np.int32)
+    if not isinstance(out, np.ndarray) or out.dtype != np.int32:
+        found = out.dtype if isinstance(out, np.ndarray) else type(out).__name__
+        raise ValueError(f"out: found {found}, expected a NumPy array of int32")
+    if out.shape != (count, context_length):
+        raise ValueError(f"out: found shape {out.shape}, expected {(count, context_length)}")
+    if not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError("out: found a strided or read-only array, expected one that is writeable")
+    return out
+
+
+def _decode(bytes_of, ids, vocab_size):
+    ids = [int(i) for i in ids]
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"token id: found {i}, expected 0 to {vocab_size - 1}")
+    return b"".join(map(bytes_of, ids)).decode(errors="replace").replace("</w>", " ")
