@@ -31,7 +31,7 @@ HOPPER = {
     "softmax": Tile(128, 256, 64, 8, 3),
     "softmax_edge": Tile(128, 128, 64, 8, 3, 2),
     "sigmoid": Tile(128, 128, 64, 8, 3, 2, 2),
-    "sigmoid_edge": Tile(128, 128, 64, 8, 3, 2),
+    "sigmoid_edge": Tile(128, 64, 64, 8, 3, 2),
 }
 # Where one 128 x 256 tile a processor would leave processors idle.
 HOPPER_SMALL = HOPPER | {
@@ -47,7 +47,7 @@ OTHER = {
     "softmax": Tile(128, 128, 64, 8, 2, 2),
     "softmax_edge": Tile(128, 128, 64, 8, 2, 2),
     "sigmoid": Tile(128, 128, 64, 8, 2, 2),
-    "sigmoid_edge": Tile(128, 128, 64, 8, 2, 2),
+    "sigmoid_edge": Tile(128, 64, 64, 8, 2, 2),
 }
 # Full-precision dots have no tensor core to feed.
 FLOAT32 = dict.fromkeys(HOPPER, Tile(64, 64, 32, 8, 2)) | dict.fromkeys(

@@ -76,7 +76,6 @@ def log_sums(
     """
     image, text = _aligned(image), _aligned(text)
     (rows, dim), columns = image.shape, len(text)
-    fp32 = {"dtype": torch.float32, "device": image.device}
     plain, edge = (tile(name, image, rows, columns) for name in ("sweep", "sweep_edge"))
     _, processors = device_facts(image.device)
     blocks, full_blocks = triton.cdiv(columns, plain.columns), columns // plain.columns
@@ -84,8 +83,8 @@ def log_sums(
     splits = sweep_splits(max(1, full_blocks), row_tiles, processors)
     # A ragged last block is swept by EDGE alone, all of it: shared out, or it would come last.
     edge_splits = 1 if full_blocks == blocks else min(32, row_tiles)
-    row_parts = torch.empty(blocks, rows, **fp32)
-    column_parts = torch.zeros(splits + edge_splits, columns, **fp32)
+    row_parts = image.new_empty(blocks, rows, dtype=torch.float32)
+    column_parts = image.new_zeros(splits + edge_splits, columns, dtype=torch.float32)
     margin = _margin(columns)
     for shape, grid, slot, is_edge in (
         (plain, (full_blocks, splits), 0, False),
@@ -110,7 +109,8 @@ def log_sums(
                 **_options(shape),
             )
     flag = torch.zeros(1, dtype=torch.int32, device=image.device)
-    row, column = torch.empty(2, rows, **fp32), torch.empty(2, columns, **fp32)
+    row = image.new_empty(2, rows, dtype=torch.float32)
+    column = image.new_empty(2, columns, dtype=torch.float32)
     lowest = columns * 2.0**-106
     for parts, (total, shift), first_pair in (
         (row_parts, row, 0),
