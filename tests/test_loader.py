@@ -206,7 +206,9 @@ def test_another_tokenizer_is_refused(emoji_copy):
     manifest = json.loads((emoji_copy / "dataset.json").read_text())
     manifest["tokenizer"] = "clip:0123456789abcdef"
     (emoji_copy / "dataset.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"clip:0123456789abcdef, the model expects clip:.*Run:"):
+    with pytest.raises(
+        ValueError, match=r"clip:0123456789abcdef, the model expects clip:.*Run: laclip tokenize"
+    ):
         loader(emoji_copy)
 
 

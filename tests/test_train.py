@@ -45,7 +45,7 @@ def arguments(folder, *overrides, stage=1, extra=()):
 
 
 def run(words, ranks=1, launcher=False, check=True):
-    """Run the job; plain processes with the launcher's variables are 6 s faster than the launcher."""
+    """Run the job; plain processes with the launcher's variables start 6 s sooner."""
     if launcher:
         command = [
             BIN / "deepspeed",
