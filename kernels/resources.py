@@ -26,25 +26,23 @@ SHARED_LIMIT = 227 * 1024
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {"flag": "*i32", "edges": "*i32"}
 NUMBERS = {"margin": "fp32", "lowest": "fp32"}
-INTEGERS = set(
-    [
-        "rows",
-        "columns",
-        "first_column",
-        "slot",
-        "splits",
-        "count",
-        "length",
-        "first_pair",
-        "pairs",
-        "edge_count",
-        "part_count",
-        "programs",
-        "variants",
-        "coefficient_stride",
-        "other_stride",
-    ]
-)
+INTEGERS = {
+    "rows",
+    "columns",
+    "first_column",
+    "slot",
+    "splits",
+    "count",
+    "length",
+    "first_pair",
+    "pairs",
+    "edge_count",
+    "part_count",
+    "programs",
+    "variants",
+    "coefficient_stride",
+    "other_stride",
+}
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
