@@ -15,12 +15,10 @@ class TextStore:
     """Texts by identity (see sources.py). Build once, then open in every process."""
 
     def __init__(self, folder: Path):
-        self.hashes = np.load(folder / "hashes.npy", mmap_mode="r")  # sorted
-        self._ends = np.load(folder / "ends.npy", mmap_mode="r")
-        self._order = np.load(folder / "order.npy", mmap_mode="r")
-        bytes_file = folder / "bytes"
-        empty = bytes_file.stat().st_size == 0
-        self._bytes = np.zeros(0, np.uint8) if empty else np.memmap(bytes_file, np.uint8, "r")
+        self.hashes = _map(folder / "hashes", np.uint64)  # sorted
+        self._order = _map(folder / "order", np.int64)
+        self._ends = _map(folder / "ends", np.int64).reshape(-1, 3)
+        self._bytes = _map(folder / "bytes", np.uint8)
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -83,9 +81,13 @@ def build_store(folder: Path, pairs: Iterable[tuple[str, str]]) -> tuple[int, in
             flush()
     all_hashes = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
     order = np.argsort(all_hashes, kind="stable")
-    np.save(folder / "hashes.npy", all_hashes[order])
-    np.save(folder / "order.npy", order)
-    np.save(folder / "ends.npy", np.concatenate(ends) if ends else np.zeros((0, 3), np.int64))
+    for name, array in (
+        ("hashes", all_hashes[order]),
+        ("order", order.astype(np.int64)),
+        ("ends", np.concatenate(ends) if ends else np.zeros((0, 3), np.int64)),
+    ):
+        with open(folder / name, "wb") as file:
+            file.write(np.ascontiguousarray(array))
     return checksum, count
 
 
@@ -97,3 +99,8 @@ def hash_strings(strings: Sequence[bytes]) -> np.ndarray:
         return np.concatenate([hash_strings(strings[:middle]), hash_strings(strings[middle:])])
     whole = np.frombuffer(b"".join(strings), np.uint8)
     return _native.hash_slices(whole, ends.astype(np.uint32))
+
+
+def _map(path: Path, dtype: type) -> np.ndarray:
+    """A file as an array; an empty one cannot be mapped."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
