@@ -87,7 +87,7 @@ def build_store(folder: Path, pairs: Iterable[tuple[str, str]]) -> tuple[int, in
         ("ends", np.concatenate(ends) if ends else np.zeros((0, 3), np.int64)),
     ):
         with open(folder / name, "wb") as file:
-            file.write(np.ascontiguousarray(array))
+            file.write(np.ascontiguousarray(array).data)
     return checksum, count
 
 
