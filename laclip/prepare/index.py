@@ -55,7 +55,7 @@ def index(
     Raises FileNotFoundError without tars, ValueError for tars that are broken or hold no sample,
     with their names and positions, when all others are done. Running it again does what is left.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve() if ray else Path(folder)  # other nodes stand elsewhere
     paths = tar_paths(folder)
     remove_leftovers(folder)
     if decode:

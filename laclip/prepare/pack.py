@@ -62,6 +62,8 @@ def pack(
     list.
     """
     out, pairs, images = Path(out), Path(pairs), Path(images)
+    if ray:  # other nodes stand elsewhere
+        out, images = out.resolve(), images.resolve()
     if rows < 1:
         raise ValueError(f"--rows {rows}: expected 1 or more")
     if not images.is_dir():

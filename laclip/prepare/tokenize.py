@@ -147,8 +147,10 @@ def tokenize(
     was cut off goes on where it stopped when it is started again with the same arguments.
     """
     rewrites = dict(rewrites or {})
-    dataset = open_dataset(folder)
+    dataset = open_dataset(Path(folder).resolve() if ray else folder)
     folder = dataset.path
+    if ray and tokenizer.startswith("sentencepiece:"):
+        tokenizer = f"sentencepiece:{Path(tokenizer.removeprefix('sentencepiece:')).resolve()}"
     fingerprint = load_tokenizer(tokenizer).fingerprint
     for name in drop:
         if name not in dataset.variants or name == "original":

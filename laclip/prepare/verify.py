@@ -50,7 +50,7 @@ def verify(folder: str | Path, jobs: int = 1, ray: bool = False) -> list[str]:
     says of it; each tar's checksum, and that scanning it again gives the same records; captions
     against samples and tokenizer; sidecars without a shard.
     """
-    dataset = open_dataset(folder)
+    dataset = open_dataset(Path(folder).resolve() if ray else folder)
     problems = _check_manifest(dataset)
     tasks = [(dataset.path, shard, dataset.variants, dataset.tokenizer) for shard in dataset.shards]
     found = run_shards(
