@@ -61,9 +61,9 @@ _OPENAI_BLOCK = {
 }
 _TIMM_BLOCK = {
     "norm1": "norm1",
-    "attention.qkv": "attn.qkv",
-    "attention.q_norm": "attn.q_norm",
-    "attention.k_norm": "attn.k_norm",
+    "qkv": "attn.qkv",
+    "q_norm": "attn.q_norm",
+    "k_norm": "attn.k_norm",
     "attention_out": "attn.proj",
     "norm2": "norm2",
     "mlp_in": "mlp.fc1",
@@ -71,7 +71,7 @@ _TIMM_BLOCK = {
 }
 _HUGGING_FACE_BLOCK = {
     "norm1": "layer_norm1",
-    "attention.qkv": "self_attn.qkv_proj",  # split into q, k and v afterwards
+    "qkv": "self_attn.qkv_proj",  # split into q, k and v afterwards
     "attention_out": "self_attn.out_proj",
     "norm2": "layer_norm2",
     "mlp_in": "mlp.fc1",
@@ -81,7 +81,7 @@ _HUGGING_FACE_BLOCK = {
 
 def _openai_blocks(ours: str, theirs: str) -> list[Rule]:
     fused = [
-        Rule(f"{ours}.blocks.*.attention.qkv.{kind}", f"{theirs}.*.attn.in_proj_{kind}")
+        Rule(f"{ours}.blocks.*.qkv.{kind}", f"{theirs}.*.attn.in_proj_{kind}")
         for kind in ("weight", "bias")
     ]
     return fused + _blocks(ours, theirs, _OPENAI_BLOCK)

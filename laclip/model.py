@@ -13,37 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+from laclip.attention import (
+    CAPTION_STEP,
+    Layout,
+    attend,
+    group_captions,
+    pack_captions,
+)
 
 if TYPE_CHECKING:
     from laclip.config import ModelConfig, TextConfig, VisionConfig
 
 MAX_LOG_SCALE = math.log(100.0)
-CAPTION_STEP = 8  # captions are grouped by length, rounded up to a multiple of this
 ATTENTION_PACKAGES = {"sdpa": "torch", "flash_attn": "flash_attn", "xformers": "xformers"}
 ACTIVATIONS = ("gelu", "quick_gelu")
-# PyTorch prefers flash to cuDNN; on Hopper cuDNN is the faster one at these lengths.
-SDPA_PRIORITY = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
-class Layout(NamedTuple):
-    """How the rows of a tower's activations form sequences.
-
-    Either `groups` names runs of (sequences, tokens) of equal length, or `bounds` holds where each
-    sequence begins and the last one ends (int32 tensor for flash_attn, a mask for xformers).
-    """
-
-    groups: tuple[tuple[int, int], ...]
-    bounds: Any = None
-    longest: int = 0
 
 
 class LayerNorm(nn.LayerNorm):
@@ -53,97 +41,42 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(input).to(input.dtype)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention without the output projection, which the block applies."""
-
-    def __init__(self, width: int, heads: int, *, qk_norm: bool, causal: bool, backend: str):
-        super().__init__()
-        self.heads, self.causal, self.backend = heads, causal, backend
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = LayerNorm(width // heads, eps=1e-6) if qk_norm else None
-        self.k_norm = LayerNorm(width // heads, eps=1e-6) if qk_norm else None
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Rows [rows, width] to rows [rows, width]."""
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # [rows, heads, head_dim]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.backend == "flash_attn":
-            attended = flash_attention(q, k, v, layout, self.causal)
-        elif self.backend == "xformers":
-            attended = xformers_attention(q, k, v, layout)
-        else:
-            attended = sdpa_attention(q, k, v, layout, self.causal)
-        return attended.reshape(x.shape)
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool) -> Tensor:
-    """PyTorch's attention, a group at a time; is_causal, as a mask would rule out fast kernels."""
-    outputs, start = [], 0
-    for sequences, tokens in layout.groups:
-        rows = slice(start, start + sequences * tokens)
-        start += sequences * tokens
-        a, b, c = (t[rows].unflatten(0, (sequences, tokens)).transpose(1, 2) for t in (q, k, v))
-        if q.is_cuda:
-            with sdpa_kernel(SDPA_PRIORITY, set_priority=True):
-                output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
-        else:
-            output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool) -> Tensor:
-    """The flash-attn package, by variable lengths where the layout has bounds."""
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    if v.dtype == torch.float32:
-        raise ValueError(
-            "model.attention: flash_attn computes in bf16 and fp16, found fp32. "
-            'Set train.precision = "bf16", or model.attention = "sdpa"'
-        )
-    if layout.bounds is None:
-        ((sequences, tokens),) = layout.groups
-        q, k, v = (t.unflatten(0, (sequences, tokens)) for t in (q, k, v))
-        return flash_attn_func(q, k, v, causal=causal).flatten(0, 1)
-    return flash_attn_varlen_func(
-        q, k, v, layout.bounds, layout.bounds, layout.longest, layout.longest, causal=causal
-    )
-
-
-@torch.compiler.disable
-def xformers_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """The xformers package; its mask object carries the captions' bounds."""
-    from xformers.ops import memory_efficient_attention
-
-    if layout.bounds is not None:
-        q, k, v = (t.unsqueeze(0) for t in (q, k, v))
-        return memory_efficient_attention(q, k, v, attn_bias=layout.bounds).squeeze(0)
-    ((sequences, tokens),) = layout.groups
-    q, k, v = (t.unflatten(0, (sequences, tokens)) for t in (q, k, v))
-    return memory_efficient_attention(q, k, v).flatten(0, 1)
-
-
 class Block(nn.Module):
-    """A pre-norm transformer block; with `pooled`, all but its attention on those rows alone."""
+    """A pre-norm transformer block; with `pooled`, all but its attention on those rows alone.
 
-    def __init__(self, config: "VisionConfig | TextConfig", *, qk_norm, causal, backend):
+    `before` and `after` are what compile_blocks compiles: they see rows alone. The attention
+    between them stays out of the graphs, as the captions' groups would make a new one a batch.
+    """
+
+    def __init__(self, config: "VisionConfig | TextConfig", qk_norm: bool, causal: bool, backend):
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.heads, self.causal, self.backend = config.heads, causal, backend
         self.quick_gelu = config.activation == "quick_gelu"
         self.norm1 = LayerNorm(width, eps=config.layer_norm_eps)
-        self.attention = Attention(
-            width, config.heads, qk_norm=qk_norm, causal=causal, backend=backend
-        )
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = LayerNorm(width // config.heads, eps=1e-6) if qk_norm else None
+        self.k_norm = LayerNorm(width // config.heads, eps=1e-6) if qk_norm else None
         self.attention_out = nn.Linear(width, width)
         self.norm2 = LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, layout: Layout, pooled: Tensor | None = None) -> Tensor:
-        attended = self.attention(self.norm1(x), layout)
+        q, k, v = self.before(x)
+        attended = attend(q, k, v, layout, self.causal, self.backend).reshape(x.shape)
         if pooled is not None:
             x, attended = x.index_select(0, pooled), attended.index_select(0, pooled)
+        return self.after(x, attended)
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [rows, width] to queries, keys and values [rows, heads, head_dim]."""
+        q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.heads, -1).unbind(1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.attention_out(attended)
         hidden = self.mlp_in(self.norm2(x))
         hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
@@ -213,8 +146,8 @@ class VisionTransformer(Tower):
             nn.init.normal_(self.class_embedding, std=width**-0.5)
             nn.init.normal_(self.positional_embedding, std=width**-0.5)
             for block in self.blocks:
-                nn.init.xavier_uniform_(block.attention.qkv.weight)
-                nn.init.zeros_(block.attention.qkv.bias)
+                nn.init.xavier_uniform_(block.qkv.weight)
+                nn.init.zeros_(block.qkv.bias)
                 nn.init.zeros_(block.attention_out.bias)
         else:
             # LaCLIP's release: timm's embeddings; its own blocks replace timm's after timm's
@@ -273,8 +206,8 @@ class TextTransformer(Tower):
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.blocks:
             out_std = width**-0.5 * (2 * config.depth) ** -0.5
-            nn.init.normal_(block.attention.qkv.weight, std=width**-0.5)
-            nn.init.zeros_(block.attention.qkv.bias)
+            nn.init.normal_(block.qkv.weight, std=width**-0.5)
+            nn.init.zeros_(block.qkv.bias)
             nn.init.normal_(block.attention_out.weight, std=out_std)
             nn.init.zeros_(block.attention_out.bias)
             nn.init.normal_(block.mlp_in.weight, std=(2 * width) ** -0.5)
@@ -332,52 +265,6 @@ class TextTransformer(Tower):
 class CaptionCounts(NamedTuple):
     lengths: Tensor  # [captions] int64
     histogram: list[int]  # captions with a length of up to 8, 16, 24, ...
-
-
-def group_captions(
-    lengths: Tensor, histogram: list[int], tokens: int
-) -> tuple[Tensor, Tensor, Layout]:
-    """Groups captions of similar length, each padded to its group's length.
-
-    A group with less than a sixteenth of the captions joins the next longer one. The result is a
-    function of the lengths alone, so that a batch always runs in the same shapes.
-    lengths: [captions] int64. Returns the rows' places in the flattened [captions, tokens] grid,
-    each caption's pooled row, and the layout.
-    """
-    groups, waiting, smallest = [], 0, max(2, len(lengths) // 16)
-    last = max(i for i, count in enumerate(histogram) if count)
-    for i, count in enumerate(histogram[: last + 1]):
-        waiting += count
-        if waiting >= smallest or i == last:
-            groups.append((waiting, min((i + 1) * CAPTION_STEP, tokens)))
-            waiting = 0
-    order = torch.argsort(lengths, stable=True)
-    rows, begins, start = [], [], 0
-    for (count, length), captions in zip(groups, order.split([n for n, _ in groups])):
-        step = torch.arange(length, device=lengths.device)
-        rows.append((captions[:, None] * tokens + step).flatten())
-        begins.append(torch.arange(start, start + count * length, length, device=lengths.device))
-        start += count * length
-    pooled = torch.empty_like(lengths)
-    pooled[order] = torch.cat(begins) + lengths[order] - 1
-    return torch.cat(rows), pooled, Layout(tuple(groups))
-
-
-def pack_captions(lengths: Tensor, tokens: int, backend: str) -> tuple[Tensor, Tensor, Layout]:
-    """Puts captions end to end without any padding, for variable-length attention.
-
-    Arguments and result as in `group_captions`; the layout has bounds.
-    """
-    rows = (
-        (torch.arange(tokens, device=lengths.device) < lengths[:, None]).flatten().nonzero()[:, 0]
-    )
-    ends = lengths.cumsum(0)
-    bounds: Any = F.pad(ends, (1, 0)).int()
-    if backend == "xformers":
-        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
-
-        bounds = BlockDiagonalCausalMask.from_seqlens(lengths.tolist())
-    return rows, ends - 1, Layout((), bounds, tokens)
 
 
 def kept_patches(sample_keys: Tensor, patches: int, dropout: float) -> Tensor:
@@ -530,11 +417,35 @@ def check_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> None
         )
 
 
+def training_flops(config: "ModelConfig", caption_tokens: float | None = None) -> float:
+    """FLOPs of the forward and backward pass of one pair, counted as the originals compute it.
+
+    A linear layer costs 2 FLOPs a weight and row, attention 4 * tokens^2 * width a layer (causal or
+    not); the backward pass costs twice the forward. What this model saves (padding, the last
+    block's rows) is not taken off: MFU stays comparable. caption_tokens: the mean length of
+    captions for real tokens; None counts padded ones.
+    """
+    vision, text = config.vision, config.text
+    patches = (vision.image_size // vision.patch_size) ** 2
+    forward: float = 2 * patches * 3 * vision.patch_size**2 * vision.width
+    tokens = text.context_length if caption_tokens is None else caption_tokens
+    for tower, rows in ((vision, patches + 1), (text, tokens)):
+        layer = (8 + 4 * tower.mlp_ratio) * rows * tower.width**2 + 4 * rows**2 * tower.width
+        forward += tower.depth * layer + 2 * tower.width * config.embed_dim
+    return 3 * forward
+
+
 def compile_blocks(model: CLIP) -> None:
-    """Compiles every block in place; parameters and their names stay as they are."""
+    """Compiles every block in place; parameters and their names stay as they are.
+
+    One graph serves all blocks of a tower, and any number of rows from the second number on. They
+    count together against PyTorch's limit, which is raised: beyond it blocks would run uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for tower in (model.image, model.text):
         for block in tower.blocks:
-            block.compile()
+            block.before = torch.compile(block.before, fullgraph=True)
+            block.after = torch.compile(block.after, fullgraph=True)
 
 
 def load_weights(model: CLIP, path: str | Path) -> None:

@@ -119,7 +119,7 @@ def test_release_checkpoint_with_its_pickled_arguments_loads_into_the_preset(tmp
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "evil.pt"
     torch.save({"state_dict": {}, "args": tmp_path.joinpath}, path)
-    with pytest.raises(ValueError, match="evil.pt is damaged, or holds more than tensors"):
+    with pytest.raises(ValueError, match=r"evil\.pt is damaged, or holds more than tensors"):
         convert.read_checkpoint(path)
 
 
@@ -127,9 +127,9 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
     path = tmp_path / "short.pt"
     torch.save({"a": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match="short.pt is damaged"):
+    with pytest.raises(ValueError, match=r"short\.pt is damaged"):
         convert.read_checkpoint(path)
-    with pytest.raises(FileNotFoundError, match="no file .*absent.pt"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*absent\.pt"):
         convert.read_checkpoint(tmp_path / "absent.pt")
 
 

@@ -43,7 +43,7 @@ def test_layer_decay_lowers_the_rate_with_the_distance_from_the_output():
     scale = by_name(parameter_groups(small_model(), 0.2, 0.5), "lr_scale")
     assert scale["logit_scale"] == scale["image.projection.weight"] == scale["text.norm.bias"] == 1
     assert scale["image.blocks.2.norm1.weight"] == scale["text.blocks.1.mlp_out.weight"] == 0.5
-    assert scale["image.blocks.0.attention.qkv.weight"] == 0.125
+    assert scale["image.blocks.0.qkv.weight"] == 0.125
     assert scale["image.patch_embedding.weight"] == scale["image.norm_pre.weight"] == 0.0625
     assert scale["text.token_embedding.weight"] == scale["text.positional_embedding"] == 0.125
 

@@ -1,0 +1,133 @@
+"""Attention over rows of tokens, and how captions are laid out as rows."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CAPTION_STEP = 8  # captions are grouped by length, rounded up to a multiple of this
+# PyTorch prefers flash to cuDNN; on Hopper cuDNN is the faster one at these lengths.
+SDPA_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class Layout(NamedTuple):
+    """How the rows of a tower's activations form sequences.
+
+    Either `groups` names runs of (sequences, tokens) of equal length, or `bounds` holds where each
+    sequence begins and the last one ends (int32 tensor for flash_attn, a mask for xformers).
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    bounds: Any = None
+    longest: int = 0
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, backend: str) -> Tensor:
+    """Attention within each sequence of the layout; rows [rows, heads, head_dim] in and out.
+
+    backend: sdpa, flash_attn (bf16 and fp16 alone, else ValueError) or xformers.
+    """
+    if backend == "flash_attn":
+        return flash_attention(q, k, v, layout, causal)
+    if backend == "xformers":
+        return xformers_attention(q, k, v, layout)
+    return sdpa_attention(q, k, v, layout, causal)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool) -> Tensor:
+    """PyTorch's attention, a group at a time; is_causal, as a mask would rule out fast kernels."""
+    outputs, start = [], 0
+    for sequences, tokens in layout.groups:
+        rows = slice(start, start + sequences * tokens)
+        start += sequences * tokens
+        a, b, c = (t[rows].unflatten(0, (sequences, tokens)).transpose(1, 2) for t in (q, k, v))
+        if q.is_cuda:
+            with sdpa_kernel(SDPA_PRIORITY, set_priority=True):
+                output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
+        else:
+            output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool) -> Tensor:
+    """The flash-attn package, by variable lengths where the layout has bounds."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    if v.dtype == torch.float32:
+        raise ValueError(
+            "model.attention: flash_attn computes in bf16 and fp16, found fp32. "
+            'Set train.precision = "bf16", or model.attention = "sdpa"'
+        )
+    if layout.bounds is None:
+        ((sequences, tokens),) = layout.groups
+        q, k, v = (t.unflatten(0, (sequences, tokens)) for t in (q, k, v))
+        return flash_attn_func(q, k, v, causal=causal).flatten(0, 1)
+    return flash_attn_varlen_func(
+        q, k, v, layout.bounds, layout.bounds, layout.longest, layout.longest, causal=causal
+    )
+
+
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """The xformers package; its mask object carries the captions' bounds."""
+    from xformers.ops import memory_efficient_attention
+
+    if layout.bounds is not None:
+        q, k, v = (t.unsqueeze(0) for t in (q, k, v))
+        return memory_efficient_attention(q, k, v, attn_bias=layout.bounds).squeeze(0)
+    ((sequences, tokens),) = layout.groups
+    q, k, v = (t.unflatten(0, (sequences, tokens)) for t in (q, k, v))
+    return memory_efficient_attention(q, k, v).flatten(0, 1)
+
+
+def group_captions(
+    lengths: Tensor, histogram: list[int], tokens: int
+) -> tuple[Tensor, Tensor, Layout]:
+    """Groups captions of similar length, each padded to its group's length.
+
+    A group with less than a sixteenth of the captions joins the next longer one. The result is a
+    function of the lengths alone, so that a batch always runs in the same shapes.
+    lengths: [captions] int64. Returns the rows' places in the flattened [captions, tokens] grid,
+    each caption's pooled row, and the layout.
+    """
+    groups, waiting, smallest = [], 0, max(2, len(lengths) // 16)
+    last = max(i for i, count in enumerate(histogram) if count)
+    for i, count in enumerate(histogram[: last + 1]):
+        waiting += count
+        if waiting >= smallest or i == last:
+            groups.append((waiting, min((i + 1) * CAPTION_STEP, tokens)))
+            waiting = 0
+    order = torch.argsort(lengths, stable=True)
+    rows, begins, start = [], [], 0
+    for (count, length), captions in zip(groups, order.split([n for n, _ in groups])):
+        step = torch.arange(length, device=lengths.device)
+        rows.append((captions[:, None] * tokens + step).flatten())
+        begins.append(torch.arange(start, start + count * length, length, device=lengths.device))
+        start += count * length
+    pooled = torch.empty_like(lengths)
+    pooled[order] = torch.cat(begins) + lengths[order] - 1
+    return torch.cat(rows), pooled, Layout(tuple(groups))
+
+
+def pack_captions(lengths: Tensor, tokens: int, backend: str) -> tuple[Tensor, Tensor, Layout]:
+    """Puts captions end to end without any padding, for variable-length attention.
+
+    Arguments and result as in `group_captions`; the layout has bounds.
+    """
+    rows = (
+        (torch.arange(tokens, device=lengths.device) < lengths[:, None]).flatten().nonzero()[:, 0]
+    )
+    ends = lengths.cumsum(0)
+    bounds: Any = F.pad(ends, (1, 0)).int()
+    if backend == "xformers":
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+        bounds = BlockDiagonalCausalMask.from_seqlens(lengths.tolist())
+    return rows, ends - 1, Layout((), bounds, tokens)
