@@ -246,20 +246,20 @@ def bench_open(folder, rng):
         entries.append(entry)
         captions[entry["name"]] = own.captions_checksum
     assert write_manifest(folder, entries, captions, ["original"], made.tokenizer, {})
-    code = (
-        "import sys, time, resource, numpy, laclip.dataset as d\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "begin = time.perf_counter()\n"
-        "data = d.open_dataset(sys.argv[1]); name = data.fingerprint\n"
-        "opened = time.perf_counter() - begin\n"
-        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "begin = time.perf_counter()\n"
-        "for i in range(len(data.shards)):\n"
-        "    data.samples(i).key(7), data.captions(i).tokens(7, 0).sum()\n"
-        "all = time.perf_counter() - begin\n"
-        "end = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(opened, (after - before) / 1024, all, (end - before) / 1024, data.num_samples)\n"
-    )
+    code = """
+import sys, time, numpy, laclip.dataset as d
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+before, begin = resident(), time.process_time()
+data = d.open_dataset(sys.argv[1])
+name = data.fingerprint
+opened, after = time.process_time() - begin, resident()
+begin = time.process_time()
+for i in range(len(data.shards)):
+    data.samples(i).key(7), data.captions(i).tokens(7, 0).sum()
+print(opened, after - before, time.process_time() - begin, resident() - before, data.num_samples)
+"""
 
     def limits():
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))

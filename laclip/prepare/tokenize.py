@@ -12,7 +12,7 @@ import importlib.metadata
 import itertools
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def tokenize(
     work = temporary_name(folder / "tokenize")
     work.mkdir()
     try:
-        sources = _sources(dataset, kept, rewrites, original_csv, join, work)
+        sources = _sources(dataset, kept, rewrites, original_csv, join, work, jobs)
         checksums, counts, used = _write_captions(
             dataset, sources, tokenizer, fingerprint, jobs, ray
         )
@@ -188,25 +188,39 @@ def tokenize(
     return _report(folder, dataset.num_samples, sources, counts, used)
 
 
-def _sources(dataset, kept, rewrites, original_csv, join, work: Path) -> list[Source]:
+def _sources(dataset, kept, rewrites, original_csv, join, work: Path, jobs: int) -> list[Source]:
     """The variants in their order; reads and checks every file of rewrites."""
     sources = [Source("original", "txt")]
+    files = {}  # position in sources: arguments of _build
     for name in [*kept, *(name for name in rewrites if name not in kept)]:
         if name not in rewrites:
             sources.append(Source(name, "keep", old=dataset.variants.index(name)))
         elif str(rewrites[name]).startswith("json:"):
             sources.append(Source(name, "json", str(rewrites[name]).removeprefix("json:")))
         else:
-            path = Path(rewrites[name])
-            by_key = path.suffix in (".jsonl", ".csv", ".parquet")
             place = work / str(len(sources))
-            checksum, count = build_store(place, read_rewrites(path, original_csv, join))
-            if count == 0:
-                raise ValueError(f"{path}: no rewrites in it")
-            sources.append(
-                Source(name, "store", str(place), 0, "key" if by_key else join, checksum)
-            )
+            files[len(sources)] = (place, Path(rewrites[name]), original_csv, join)
+            by_key = Path(rewrites[name]).suffix in (".jsonl", ".csv", ".parquet")
+            sources.append(Source(name, "store", str(place), 0, "key" if by_key else join))
+    checksums = run_shards(
+        _build,
+        files.values(),
+        total=len(files),
+        label="read rewrites",
+        unit="files",
+        jobs=jobs,
+        weigh=lambda result: (result[1], "texts"),
+    )
+    for number, (checksum, _) in zip(files, checksums, strict=True):
+        sources[number] = replace(sources[number], checksum=checksum)
     return sources
+
+
+def _build(place: Path, path: Path, original_csv: Path | None, join: str) -> tuple[int, int]:
+    checksum, count = build_store(place, read_rewrites(path, original_csv, join))
+    if count == 0:
+        raise ValueError(f"{path}: no rewrites in it")
+    return checksum, count
 
 
 def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
