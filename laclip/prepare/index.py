@@ -22,7 +22,7 @@ from laclip.prepare.folder import (
     write_manifest,
     write_whole,
 )
-from laclip.prepare.shards import add_run_arguments, run_shards
+from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 
 RULES = 1  # of telling samples, keys and bad ones apart; a change makes every shard be scanned anew
 DECODE_FAILED = REASONS.index("does not decode")
@@ -60,14 +60,16 @@ def index(
     remove_leftovers(folder)
     if decode:
         jobs = 1  # the decoder brings its own threads
-    found = run_shards(
-        _index_or_tell,
-        [(path, decode, force) for path in paths],
-        total=len(paths),
-        label="index",
-        jobs=jobs,
-        ray=ray,
-        weigh=lambda result: (result["bytes"] / 1e9, "GB"),
+    found = in_order(
+        run_shards(
+            _index_or_tell,
+            [(path, decode, force) for path in paths],
+            total=len(paths),
+            label="index",
+            jobs=jobs,
+            ray=ray,
+            weigh=lambda result: (result["bytes"] / 1e9, "GB"),
+        )
     )
     broken = [result["error"] for result in found if "error" in result]
     if broken:

@@ -38,14 +38,13 @@ def run_shards(
     jobs: int = 1,
     ray: bool = False,
     weigh: Callable[[Any], tuple[float, str]] = lambda result: (1.0, "shards"),
-) -> list[Any]:
-    """`[function(*task) for task in tasks]`, in parallel, in order, with a line of progress.
+) -> Iterator[tuple[int, Any]]:
+    """(i, function(*task i)) of every task, in parallel, as they end, with a line of progress.
 
     `function` is a module-level function; there are `total` tasks; `weigh(result)` gives what the
     progress line adds up and its unit. The first exception stops the run: shards already done stay
     done.
     """
-    results: list[Any] = [None] * total
     progress = _Progress(label, total, unit)
     if ray:
         finished = _on_ray(function, tasks)
@@ -54,10 +53,14 @@ def run_shards(
     else:
         finished = ((i, function(*task)) for i, task in enumerate(tasks))
     for index, result in finished:
-        results[index] = result
         progress.add(*weigh(result))
+        yield index, result
     progress.close()
-    return results
+
+
+def in_order(finished: Iterable[tuple[int, Any]]) -> list[Any]:
+    """The results of `run_shards` by the tasks' order."""
+    return [result for _, result in sorted(finished, key=lambda item: item[0])]
 
 
 def _on_processes(function, tasks, jobs: int) -> Iterator[tuple[int, Any]]:

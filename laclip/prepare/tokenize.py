@@ -38,7 +38,7 @@ from laclip.prepare.folder import (
     write_manifest,
     write_whole,
 )
-from laclip.prepare.shards import add_run_arguments, run_shards
+from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 from laclip.prepare.sources import read_rewrites
 from laclip.prepare.store import TextStore, build_store
 from laclip.tokenizer import load_tokenizer
@@ -211,7 +211,7 @@ def _sources(dataset, kept, rewrites, original_csv, join, work: Path, jobs: int)
         jobs=jobs,
         weigh=lambda result: (result[1], "texts"),
     )
-    for number, (checksum, _) in zip(files, checksums, strict=True):
+    for number, (checksum, _) in zip(files, in_order(checksums), strict=True):
         sources[number] = replace(sources[number], checksum=checksum)
     return sources
 
@@ -256,8 +256,8 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
         for s in sources
     ]
     checksums = {}
-    for shard, (checksum, shard_counts, found, _) in zip(dataset.shards, results, strict=True):
-        checksums[shard.name] = checksum
+    for number, (checksum, shard_counts, found, _) in results:
+        checksums[dataset.shards[number].name] = checksum
         for total, count in zip(counts, shard_counts, strict=True):
             total.add(count)
         for mask, numbers in zip(used, found, strict=True):
