@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "image_header.hpp"
 #include "philox.hpp"
 
 namespace laclip {
@@ -244,6 +245,7 @@ void BatchReader::plan(Slot& slot) {
     }
   }
   batch.bytes.resize(batch.begin[size]);
+  batch.broken.assign(size, 0);
   slot.parts = (size + kPartSamples - 1) / kPartSamples;
 }
 
@@ -370,9 +372,13 @@ void BatchReader::read_part(Slot& slot, std::size_t part) {
   const std::size_t end = std::min(batch.size, (part + 1) * kPartSamples);
   for (std::size_t i = part * kPartSamples; i < end; ++i) {
     const Shard& shard = *slot.opened.at(slot.place[i].shard);
-    shard.read_image(
-        slot.place[i].index,
-        std::span(batch.bytes).subspan(batch.begin[i], batch.begin[i + 1] - batch.begin[i]));
+    const auto image =
+        std::span(batch.bytes).subspan(batch.begin[i], batch.begin[i + 1] - batch.begin[i]);
+    shard.read_image(slot.place[i].index, image);
+    const SampleRecord& record = shard.record(slot.place[i].index);
+    const ImageHeader header = parse_image_header(image);
+    batch.broken[i] = header.reason != kNotBad || header.format != record.format ||
+                      header.width != record.width || header.height != record.height;
   }
 }
 

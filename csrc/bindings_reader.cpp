@@ -112,6 +112,11 @@ void bind_reader(nb::module_& module) {
                      auto& batch = nb::cast<Batch&>(self);
                      return view(self, batch.mirror.data(), {batch.size});
                    })
+      .def_prop_ro("broken",
+                   [](nb::handle self) {
+                     auto& batch = nb::cast<Batch&>(self);
+                     return view(self, batch.broken.data(), {batch.size});
+                   })
       .def_prop_ro(
           "token_ids",
           [](nb::handle self) {

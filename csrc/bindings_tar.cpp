@@ -1,4 +1,7 @@
 
+#include <cerrno>
+#include <system_error>
+
 #include "bindings.hpp"
 #include "image_header.hpp"
 #include "tar.hpp"
@@ -7,15 +10,19 @@ namespace {
 
 nb::bytes to_bytes(const void* data, std::size_t size) { return nb::bytes(data, size); }
 
-// Errors of a tar become ValueError with the file's name in front.
+// Errors of a tar become ValueError with the file's name in front, those of the system OSError.
 template <typename Function>
 auto with_tar(const std::string& path, bool hash, Function function) {
-  nb::gil_scoped_release release;
   try {
+    nb::gil_scoped_release release;
     laclip::FileSource source(path, hash);
     return function(source);
   } catch (const laclip::TarError& error) {
     throw std::invalid_argument(path + ": " + error.what());
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
+    throw nb::python_error();
   }
 }
 

@@ -69,11 +69,13 @@ class Bpe {
     }
   }
 
+  void prefetch(const WordKey& key) const { __builtin_prefetch(&words_[key.hash() & kWordMask]); }
+
   // The bytes of a token; the last token of a word ends in "</w>".
   const std::string& bytes_of(Token token) const { return token_bytes_[token]; }
 
  private:
-  static constexpr std::size_t kWordMask = (std::size_t{1} << 17) - 1;
+  static constexpr std::size_t kWordMask = (std::size_t{1} << 16) - 1;
   static constexpr std::size_t kPairMask = (std::size_t{1} << 17) - 1;
   struct Pair {
     std::uint32_t symbols = 0xffffffffu;

@@ -50,16 +50,26 @@ class Encoder {
     } else if (!clean_text(text, table_, clean_)) {
       return false;
     }
+    // Words are found some at a time before any is looked up, so that the misses of their look-ups
+    // in the memory's caches overlap.
     const std::size_t begin = tokens.size();
     for (std::size_t at = 0; at < clean_.size && tokens.size() - begin < max_tokens;) {
-      if (clean_.classes[at] == 0) {
-        ++at;
-        continue;
+      std::size_t count = 0;
+      while (at < clean_.size && count < words_.size()) {
+        if (clean_.classes[at] == 0) {
+          ++at;
+          continue;
+        }
+        const std::size_t length =
+            form_ == TextForm::kWords ? separated_length(at) : word_length(clean_, at);
+        const char* word = clean_.bytes.data() + at;
+        words_[count] = {word, length};
+        keys_[count] = make_key(word, std::min(length, WordKey::kMaxBytes));
+        bpe_.prefetch(keys_[count]);
+        ++count;
+        at += length;
       }
-      const std::size_t length =
-          form_ == TextForm::kWords ? separated_length(at) : word_length(clean_, at);
-      encode_word(clean_.bytes.data() + at, length, tokens);
-      at += length;
+      for (std::size_t i = 0; i < count; ++i) encode_word(words_[i], keys_[i], tokens);
     }
     if (tokens.size() - begin > max_tokens) tokens.resize(begin + max_tokens);
     return true;
@@ -72,9 +82,8 @@ class Encoder {
     return length;
   }
 
-  void encode_word(const char* word, std::size_t length, std::vector<Bpe::Token>& tokens) {
-    if (length > WordKey::kMaxBytes) return bpe_.encode_word({word, length}, tokens);
-    const WordKey key = make_key(word, length);
+  void encode_word(std::string_view word, const WordKey& key, std::vector<Bpe::Token>& tokens) {
+    if (word.size() > WordKey::kMaxBytes) return bpe_.encode_word(word, tokens);
     if (const Bpe::Token token = bpe_.whole_word(key); token != Bpe::kNone) {
       tokens.push_back(token);
       return;
@@ -85,7 +94,7 @@ class Encoder {
       return;
     }
     const std::size_t begin = tokens.size();
-    bpe_.encode_word({word, length}, tokens);
+    bpe_.encode_word(word, tokens);
     const std::size_t count = tokens.size() - begin;
     if (count <= WordCache::kMaxTokens) {
       slot.key = key;
@@ -99,6 +108,8 @@ class Encoder {
   TextForm form_;
   WordCache cache_;
   CleanText clean_;
+  std::array<std::string_view, 32> words_;
+  std::array<WordKey, 32> keys_;
 };
 
 // Calls work(part, begin, end) for contiguous parts of `count` items, each on its own thread.

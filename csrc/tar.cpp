@@ -240,12 +240,11 @@ bool TarReader::next(TarMember& member) {
     std::uint64_t size = stored_size.value_or(0);
     const bool describes_next = type == 'x' || type == 'L' || type == 'K' || type == 'g';
     if (!describes_next && pax.size) size = *pax.size;
-    if ((!stored_size && !(pax.size && !describes_next)) || size > source_.size()) {
-      throw TarError("member '" + name + "' " + where(header_at) +
-                     " claims a size beyond the end of the file: the tar is cut short or broken");
+    if (!payload) size = 0;
+    if (payload && !stored_size && (describes_next || !pax.size)) {
+      throw TarError("member '" + name + "' " + where(header_at) + " has no valid size");
     }
     const std::uint64_t data_at = header_at + kBlock;
-    if (!payload) size = 0;
     if (size > source_.size() - data_at) {
       throw TarError("cut short inside member '" + name + "' " + where(data_at) + ": " +
                      std::to_string(size) + " bytes announced, " +

@@ -32,12 +32,14 @@ def log_sums(
     image: torch.Tensor,
     text: torch.Tensor,
     logit_scale: torch.Tensor,
+    pair_cosine: torch.Tensor,
     first_column: int,
     chunk_rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Log-sum-exps of the logits' rows and columns without the pairs' own logits, in float64.
 
-    Row i's pair stands in column first_column + i. The third result is triton_blocks' flag.
+    Row i's pair stands in column first_column + i. The third result, and the use of pair_cosine,
+    are triton_blocks' own.
     """
     rows, columns = [], []
     for first in range(0, len(image), chunk_rows):
@@ -49,11 +51,18 @@ def log_sums(
     return torch.cat(rows).double(), torch.stack(columns).double().logsumexp(0), None
 
 
+def softmax_terms(
+    log_sum: torch.Tensor, logit_scale: torch.Tensor, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Log-sums with the pairs' logits in them, `[1, ...]` fp32, as softmax_gradient takes them."""
+    return log_sum.float()[None]
+
+
 def softmax_gradient(
     image: torch.Tensor,
     text: torch.Tensor,
-    row_log_sum: torch.Tensor,
-    column_log_sum: torch.Tensor,
+    row_terms: torch.Tensor,
+    column_terms: torch.Tensor,
     logit_scale: torch.Tensor,
     first_column: int,
     flag: None,
@@ -61,8 +70,8 @@ def softmax_gradient(
     """GAIN * (exp(s_ij - row_i) + exp(s_ij - column_j)), zero for pairs; its sum with cosines."""
     cosines = _cosines(image, text)
     logits = cosines * logit_scale
-    gradient = (logits - row_log_sum.float()[:, None]).exp_()
-    gradient += logits.sub_(column_log_sum.float()).exp_()
+    gradient = (logits - row_terms[0][:, None]).exp_()
+    gradient += logits.sub_(column_terms[0]).exp_()
     gradient.diagonal(first_column).zero_()
     scale_sum = cosines.mul_(gradient).sum(dtype=torch.float64)
     return _operand(gradient.mul_(GAIN[image.dtype]), image.dtype), scale_sum
@@ -78,7 +87,7 @@ def sigmoid_gradient(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """sigmoid(x_ij) of all but the pairs, times GAIN, where x = scale * cosine + bias.
 
-    The second result holds three float64 sums over the same: softplus(x), sigmoid(x) * cosine,
+    The second result holds three float64 sums over the same: sigmoid(x) * cosine, softplus(x),
     sigmoid(x).
     """
     cosines = _cosines(image, text)
@@ -94,7 +103,7 @@ def sigmoid_gradient(
     bias_sum = gradient.sum(dtype=torch.float64)
     scale_sum = cosines.mul_(gradient).sum(dtype=torch.float64)
     block = _operand(gradient.mul_(GAIN[image.dtype]), image.dtype)
-    return block, torch.stack([loss_sum, scale_sum, bias_sum])
+    return block, torch.stack([scale_sum, loss_sum, bias_sum])
 
 
 def combine(

@@ -23,12 +23,13 @@ from laclip.kernels.products import full_precision, product
 from torch.autograd.function import once_differentiable
 
 
-def block_source(implementation: str) -> Any:
+def block_source(implementation: str, features: torch.Tensor) -> Any:
     """The module that does the matrix work: triton is imported where it is used."""
     if implementation == "chunked":
         return chunked
     from laclip.kernels import triton_blocks
 
+    triton_blocks.check_device(features)
     return triton_blocks
 
 
@@ -73,12 +74,13 @@ def forward_sums(problem: Problem) -> tuple[torch.Tensor, Sums]:
     batch, first, smoothing = len(image), problem.first_column, problem.label_smoothing
     group = None if problem.gathered is None else problem.gathered.group
     scale = problem.logit_scale.double()
-    cosine = torch.stack([blocks.pair_cosines(image, variant) for variant in text]).double()
-    pair = cosine * scale
+    cosine32 = torch.stack([blocks.pair_cosines(image, variant) for variant in text])
     swept = [
-        blocks.log_sums(image, variant, problem.logit_scale, first, problem.chunk_rows)
-        for variant in problem.all_texts
+        blocks.log_sums(image, variant, problem.logit_scale, pairs, first, problem.chunk_rows)
+        for variant, pairs in zip(problem.all_texts, cosine32)
     ]
+    cosine = cosine32.double()
+    pair = cosine * scale
     row = torch.stack([sums[0] for sums in swept])
     column = torch.stack([sums[1] for sums in swept])
     row_full = torch.logaddexp(row, pair)
@@ -144,6 +146,11 @@ def backward_products(
     if need_text:
         text_sum = image.new_empty(all_texts.shape, dtype=torch.float32)
     scale_sum = sums.scale_sum
+    columns = all_texts.shape[1]
+    row_terms, column_terms = (
+        blocks.softmax_terms(log_sum, problem.logit_scale, columns, image.dtype)
+        for log_sum in (sums.row_log_sum, sums.column_log_sum)
+    )
     for start in range(0, batch, problem.chunk_rows):
         rows = slice(start, min(start + problem.chunk_rows, batch))
         part = image[rows]
@@ -152,8 +159,8 @@ def backward_products(
             block, block_sum = blocks.softmax_gradient(
                 part,
                 all_texts[v],
-                sums.row_log_sum[v, rows],
-                sums.column_log_sum[v],
+                row_terms[:, v, rows],
+                column_terms[:, v],
                 problem.logit_scale,
                 first + start,
                 sums.flags[v],
@@ -212,7 +219,7 @@ class _ClipLoss(torch.autograd.Function):
             chunk_rows,
             blocks,
         )
-        with full_precision(image.device.type):
+        with full_precision(image):
             loss, sums = forward_sums(problem)
         if any(ctx.needs_input_grad):
             ctx.problem, ctx.sums, ctx.text_shape = problem, sums, text.shape
@@ -221,7 +228,7 @@ class _ClipLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        with full_precision(gradient.device.type):
+        with full_precision(gradient):
             image, text, scale = backward_products(
                 ctx.problem, ctx.sums, gradient, ctx.needs_input_grad[:3]
             )
@@ -283,7 +290,7 @@ def clip_loss(
     implementation = choose_implementation(implementation, image_features)
     if implementation == "reference":
         group = None if gathered is None else gathered.group
-        with full_precision(image_features.device.type):
+        with full_precision(image_features):
             return reference.clip_loss(
                 image_features, text, logit_scale, group=group, label_smoothing=label_smoothing
             )
@@ -294,5 +301,5 @@ def clip_loss(
         gathered,
         float(label_smoothing),
         chunk_rows,
-        block_source(implementation),
+        block_source(implementation, image_features),
     )

@@ -7,13 +7,16 @@ import torch
 
 
 @contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """No autocast, and no TF32 or bf16 in fp32 products, whatever the caller has set."""
+def full_precision(features: torch.Tensor) -> Iterator[None]:
+    """Work on the features' device, without autocast, and without TF32 or bf16 in fp32 products."""
     before = torch.get_float32_matmul_precision()
     if before != "highest":
         torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device_type, enabled=False):
+        with (
+            torch.cuda.device_of(features),
+            torch.autocast(features.device.type, enabled=False),
+        ):
             yield
     finally:
         if before != "highest":

@@ -33,9 +33,9 @@ def one_pass(
     pair = cosine * problem.logit_scale + logit_bias
     pair_gradient = -torch.sigmoid(-pair)
     coefficients = (pair_gradient * gain).float()
-    # Loss, d logit_scale, d logit_bias: the pairs' share, then each block's.
+    # d logit_scale, the loss, d logit_bias: the pairs' share, then each block's.
     totals = torch.stack(
-        [F.softplus(-pair).sum(), (pair_gradient * cosine).sum(), pair_gradient.sum()]
+        [(pair_gradient * cosine).sum(), F.softplus(-pair).sum(), pair_gradient.sum()]
     )
     share = 1.0 / (batch * variants)
     factor = (share / gain * problem.logit_scale).float()
@@ -66,10 +66,9 @@ def one_pass(
             own = text_sum[v, first : first + batch]
             blocks.combine(own, coefficients[v : v + 1], image[None], None, one, own)
         text_sum *= factor
-    loss = totals[0] * share
+    scale_gradient, loss, bias_gradient = totals * share
     loss = torch.where(loss.isfinite(), loss, torch.nan).float()
-    scale_gradient, bias_gradient = (totals[1:] * share).float()
-    return loss, [image_sum, text_sum, scale_gradient, bias_gradient]
+    return loss, [image_sum, text_sum, scale_gradient.float(), bias_gradient.float()]
 
 
 class _SiglipLoss(torch.autograd.Function):
@@ -88,7 +87,7 @@ class _SiglipLoss(torch.autograd.Function):
             blocks,
         )
         needed = tuple(with_gradient and need for need in ctx.needs_input_grad[:4])
-        with full_precision(image.device.type):
+        with full_precision(image):
             loss, ctx.gradients = one_pass(problem, logit_bias.detach(), needed)
         ctx.needed, ctx.gathered, ctx.text_shape, ctx.dtype = (
             needed,
@@ -148,7 +147,7 @@ def siglip_loss(
     implementation = choose_implementation(implementation, image_features)
     if implementation == "reference":
         group = None if gathered is None else gathered.group
-        with full_precision(image_features.device.type):
+        with full_precision(image_features):
             return reference.siglip_loss(image_features, text, logit_scale, logit_bias, group=group)
     return _SiglipLoss.apply(
         image_features,
@@ -157,6 +156,6 @@ def siglip_loss(
         logit_bias,
         gathered,
         chunk_rows,
-        block_source(implementation),
+        block_source(implementation, image_features),
         torch.is_grad_enabled(),
     )

@@ -5,8 +5,11 @@ import importlib
 import sys
 
 COMMANDS = {
+    "pack": ("laclip.prepare.pack", "a list of image paths and captions into webdataset shards"),
     "index": ("laclip.prepare.index", "scan webdataset tars into sample indexes"),
     "tokenize": ("laclip.prepare.tokenize", "captions and rewrites into the caption store"),
+    "verify": ("laclip.prepare.verify", "check every file of a dataset against every other"),
+    "inspect": ("laclip.prepare.inspect", "look at a dataset, as text or as a page"),
 }
 
 
@@ -32,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"laclip {args.command}: stopped; run it again to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        return 1
+    except OSError as error:  # a full disk, a lack of rights: no fault of ours to trace
+        print(f"laclip {args.command}: {error}", file=sys.stderr)
         return 1
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
+from nvidia.dali import math as dali_math
 from nvidia.dali.pipeline import Pipeline
 
 # Mean and standard deviation of the channels, in [0, 1]: of OpenAI's CLIP, and of ImageNet.
@@ -95,19 +96,29 @@ class ImagePipeline:
                     antialias=True,
                 )
             else:
-                mirror = 0
+                # torchvision's Resize and CenterCrop: the longer side is cut to a whole number of
+                # pixels, half pixels of the crop's place round to even.
+                shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+                short = dali_math.min(shape[0], shape[1])
+                height = self.image_size * shape[0] // short
+                width = self.image_size * shape[1] // short
                 images = fn.decoders.image(encoded, **decoder)
                 images = fn.resize(
                     images,
-                    size=[self.image_size, self.image_size],
-                    mode="not_smaller",
+                    size=fn.cast(fn.stack(height, width), dtype=types.FLOAT),
                     interp_type=self.interpolation,
                     antialias=True,
                 )
+                start = [_half_to_even(length - self.image_size) for length in (width, height)]
+                images = fn.slice(
+                    images,
+                    fn.cast(fn.stack(*start), dtype=types.INT32),
+                    (self.image_size, self.image_size),
+                    axis_names="WH",
+                )
             images = fn.crop_mirror_normalize(
                 images,
-                crop=(self.image_size, self.image_size),
-                mirror=mirror,
+                mirror=mirror if self.train else 0,
                 mean=[255 * channel for channel in mean],
                 std=[255 * channel for channel in std],
                 dtype=types.FLOAT,
@@ -176,6 +187,12 @@ class ImagePipeline:
                 probe = self._build(1)
         # A failure that no single image repeats is not the data's: it is passed on.
         return DecodeError(failed) if failed else error
+
+
+def _half_to_even(length):
+    """Half of a whole number of pixels, rounded as Python's round does."""
+    half = length // 2
+    return half + (length - 2 * half) * (half - half // 2 * 2)
 
 
 def _reason(message: str) -> str:

@@ -74,7 +74,7 @@ class Loader:
                 f"{max(1, global_batch_size // world_size) * world_size}"
             )
         for dataset in datasets:
-            check_tokenizer(dataset, tokenizer)
+            dataset.check_tokenizer(tokenizer.fingerprint)
         options = _native.ReaderOptions()
         options.seed = seed
         options.global_batch_size = global_batch_size
@@ -141,9 +141,10 @@ class Loader:
         while True:
             while len(self._in_flight) < self._depth:
                 try:
-                    self._feed(self._reader.next())
+                    batch = self._reader.next()
                 except RuntimeError as error:
                     raise DataError(f"data.train: {error}") from None
+                self._feed(batch)
             try:
                 images = self._pipeline.take()
                 break
@@ -165,34 +166,43 @@ class Loader:
         )
 
     def _feed(self, batch: _native.Batch) -> None:
+        while batch.broken.any():
+            reason = "its header is not what the index says"
+            self._count_bad(batch, dict.fromkeys(np.flatnonzero(batch.broken).tolist(), reason))
+            batch = self._reader.read(batch.index)
         self._pipeline.feed(encoded_images(batch), batch.windows, batch.mirrors)
         self._in_flight.append(batch)
 
     def _replace(self, error: DecodeError) -> None:
-        """Name the bad samples of the oldest batch, read it again without them, feed all again."""
+        """Read the oldest batch again without the images that failed, and feed all again."""
         failed, *others = self._in_flight
-        found = {int(failed.samples[i]): reason for i, reason in error.reasons.items()}
+        self._count_bad(failed, error.reasons)
+        self._in_flight.clear()
+        for batch in (self._reader.read(failed.index), *others):
+            self._feed(batch)
+
+    def _count_bad(self, batch: _native.Batch, reasons: dict[int, str]) -> None:
+        """Name bad images, by their position in a batch, and stop the run if they are too many."""
+        found = {int(batch.samples[i]): reason for i, reason in reasons.items()}
+        found = {sample: found[sample] for sample in found if sample not in self.bad_samples}
         for sample, reason in found.items():
             path, key = self._reader.name(sample)
             self._log_bad({"shard": path, "key": key, "sample": sample, "reason": reason})
         self.mark_bad(found)
         self._new_bad |= found
         self._found_bad += len(found)
-        allowed = max(1.0, self._max_bad_fraction * (self._samples_read + failed.size))
+        read = self._samples_read + batch.size
+        allowed = max(1.0, self._max_bad_fraction * read)
         if self._found_bad > allowed:
             listed = "\n".join(
                 f"  {' '.join(self._reader.name(sample))}: {reason}"
                 for sample, reason in list(self.bad_samples.items())[:20]
             )
             raise DataError(
-                f"data.max_bad_fraction: {self._found_bad} of the first "
-                f"{self._samples_read + failed.size} samples could not be decoded, allowed are "
-                f"{allowed:.0f} ({self._max_bad_fraction:g}). Run 'laclip index --decode' to flag "
-                f"bad images, or raise the fraction. Found:\n{listed}"
+                f"data.max_bad_fraction: {self._found_bad} of the first {read} samples could not "
+                f"be decoded, allowed are {allowed:.0f} ({self._max_bad_fraction:g}). Run 'laclip "
+                f"index --decode' to flag bad images, or raise the fraction. Found:\n{listed}"
             )
-        self._in_flight.clear()
-        for batch in (self._reader.read(failed.index), *others):
-            self._feed(batch)
 
     def _log_bad(self, record: dict) -> None:
         if self._bad_log is not None:
@@ -204,20 +214,6 @@ def encoded_images(batch: _native.Batch) -> list[np.ndarray]:
     """The encoded images of a batch as views of its one buffer."""
     buffer, begins = batch.bytes, batch.begins.tolist()
     return [buffer[a:b] for a, b in itertools.pairwise(begins)]
-
-
-def check_tokenizer(dataset: Dataset, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where a dataset's captions are not in this tokenizer's ids."""
-    if not dataset.variants:
-        raise ValueError(
-            f"'{dataset.path}' has no captions yet. Run: laclip tokenize {dataset.path}"
-        )
-    if dataset.tokenizer != tokenizer.fingerprint:
-        raise ValueError(
-            f"'{dataset.path}/dataset.json' was tokenized with {dataset.tokenizer}, the model "
-            f"expects {tokenizer.fingerprint}. Run: laclip tokenize {dataset.path}, or change "
-            "data.tokenizer"
-        )
 
 
 def shard_files(dataset: Dataset) -> list[_native.ShardFiles]:

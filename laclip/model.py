@@ -427,7 +427,7 @@ def training_flops(config: "ModelConfig", caption_tokens: float | None = None) -
     """
     vision, text = config.vision, config.text
     patches = (vision.image_size // vision.patch_size) ** 2
-    forward = 2 * patches * 3 * vision.patch_size**2 * vision.width
+    forward: float = 2 * patches * 3 * vision.patch_size**2 * vision.width
     tokens = text.context_length if caption_tokens is None else caption_tokens
     for tower, rows in ((vision, patches + 1), (text, tokens)):
         layer = (8 + 4 * tower.mlp_ratio) * rows * tower.width**2 + 4 * rows**2 * tower.width

@@ -29,6 +29,8 @@ def load_tokenizer(spec="clip"):
     """
     if spec == "clip":
         return Tokenizer()
+    if spec.startswith("sentencepiece:"):
+        return SentencePieceTokenizer(spec.removeprefix("sentencepiece:"))
     raise ValueError(f"tokenizer: found {spec!r}, expected 'clip' or 'sentencepiece:FILE'")
 
 
@@ -65,6 +67,7 @@ class Tokenizer:
         self.vocab_size = 49408
         self.sot_token = 49406
         self.eot_token = 49407
+        self.pad_token = 0
         rules = f"{VOCABULARY_SHA256} rules {RULES}".encode()
         self.fingerprint = f"clip:{hashlib.sha256(rules).hexdigest()[:16]}"
 
@@ -101,11 +104,8 @@ class Tokenizer:
         tokens[offsets[i]:offsets[i + 1]].
         """
         texts = _as_strings(texts)
-        _check_threads(num_threads)
-        if max_tokens is None:
-            max_tokens = 2**62
-        elif max_tokens < 0:
-            raise ValueError(f"max_tokens: found {max_tokens}, expected 0 or more")
+        _check_limits(num_threads, max_tokens)
+        max_tokens = 2**62 if max_tokens is None else max_tokens
         tokens, lengths, unclean = self._bpe.encode_ragged(
             self._table, texts, False, max_tokens, num_threads
         )
@@ -129,14 +129,87 @@ class Tokenizer:
         """True where this call made the table, so that another try may need less cleaning."""
         if self._table_made:
             return False
-        self._table = character_table()
+        arrays = character_table()
+        self._table = None if arrays is None else _native.CharacterTable(*arrays)
         self._table_made = True
         return self._table is not None
 
     def decode(self, ids):
         """The text of ids, cleaned as it was: lower case, a space after each word. Bytes that are
         no UTF-8 become U+FFFD. Raises ValueError for an id outside the vocabulary."""
-        return _decode(self._bpe.bytes_of, ids, self.vocab_size)
+        ids = _checked_ids(ids, self.vocab_size)
+        text = b"".join(map(self._bpe.bytes_of, ids)).decode(errors="replace")
+        return text.replace("</w>", " ")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model (github.com/google/sentencepiece) behind Tokenizer's interface.
+
+    The text is left as it is: the model's own normalizer does what it was trained with; a lone
+    surrogate, which has no UTF-8, counts as U+FFFD. `sot_token` is the model's BOS, None where it
+    has none (rows then begin with the text); `eot_token` its EOS, which it must have; `pad_token`
+    its PAD, else 0.
+    """
+
+    def __init__(self, path):
+        import sentencepiece
+
+        try:
+            model = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"tokenizer: SentencePiece model {path} not found") from None
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise ValueError(
+                f"tokenizer: {path} ({len(model)} bytes) is no SentencePiece model: {error}"
+            ) from None
+        self.vocab_size = self._pieces.get_piece_size()
+        self.sot_token = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
+        self.eot_token = self._pieces.eos_id()
+        self.pad_token = max(self._pieces.pad_id(), 0)
+        if self.eot_token < 0:
+            raise ValueError(f"tokenizer: {path} has no end-of-sentence piece; train it with one")
+        self.fingerprint = f"sentencepiece:{hashlib.sha256(model).hexdigest()[:16]}"
+
+    def encode(self, text):
+        """The ids of one text, without special tokens, as a list."""
+        return self._encode_all([text], 1)[0]
+
+    def encode_batch(self, texts, context_length=77, num_threads=1, out=None):
+        """As Tokenizer.encode_batch, with this model's special tokens."""
+        texts = _as_strings(texts)
+        out = _rows(len(texts), context_length, num_threads, out)
+        out[:] = self.pad_token
+        start = [] if self.sot_token is None else [self.sot_token]
+        for row, ids in zip(out, self._encode_all(texts, num_threads)):
+            ids = [*start, *ids][: context_length - 1]
+            row[: len(ids)] = ids
+            row[len(ids)] = self.eot_token
+        return out
+
+    def encode_ragged(self, texts, num_threads=1, max_tokens=None):
+        """As Tokenizer.encode_ragged; tokens are uint32 where the vocabulary passes 65,536."""
+        _check_limits(num_threads, max_tokens)
+        rows = [ids[:max_tokens] for ids in self._encode_all(_as_strings(texts), num_threads)]
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(ids) for ids in rows], out=offsets[1:])
+        dtype = np.uint16 if self.vocab_size <= 65536 else np.uint32
+        return np.fromiter(itertools.chain.from_iterable(rows), dtype, offsets[-1]), offsets
+
+    def decode(self, ids):
+        """The text of ids. Raises ValueError for an id outside the vocabulary."""
+        return self._pieces.decode(_checked_ids(ids, self.vocab_size))
+
+    def _encode_all(self, texts, num_threads):
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"text {i} is a {type(text).__name__}, expected a str")
+        texts = [
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts
+        ]
+        return self._pieces.encode(texts, out_type=int, num_threads=num_threads)
 
 
 class ReferenceTokenizer:
@@ -199,13 +272,15 @@ def _joined_words(texts):
     return tuple(" ".join(split_words(clean_text(text))) for text in texts)
 
 
-def _check_threads(num_threads):
+def _check_limits(num_threads, max_tokens=None):
     if num_threads < 1:
         raise ValueError(f"num_threads: found {num_threads}, expected 1 or more")
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens: found {max_tokens}, expected 0 or more")
 
 
 def _rows(count, context_length, num_threads, out):
-    _check_threads(num_threads)
+    _check_limits(num_threads)
     if context_length < 3:
         raise ValueError(f"context_length: found {context_length}, expected 3 or more")
     if out is None:
@@ -220,9 +295,9 @@ def _rows(count, context_length, num_threads, out):
     return out
 
 
-def _decode(bytes_of, ids, vocab_size):
+def _checked_ids(ids, vocab_size):
     ids = [int(i) for i in ids]
     for i in ids:
         if not 0 <= i < vocab_size:
             raise ValueError(f"token id: found {i}, expected 0 to {vocab_size - 1}")
-    return b"".join(map(bytes_of, ids)).decode(errors="replace").replace("</w>", " ")
+    return ids

@@ -5,14 +5,15 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from laclip import _native
-from laclip.dataset import BAD, FORMAT, VERSION, CaptionsTable, SamplesTable
+from laclip.dataset import BAD, FORMAT, VERSION, CaptionsTable, SamplesTable, checksum_hex
 
 _HOST = re.sub("[^A-Za-z0-9]", "_", os.uname().nodename)
 
@@ -22,8 +23,9 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def write_whole(path: Path, chunks: Iterable[Any]) -> None:
-    """Write a file so that at any moment the old or the new one is there, whole.
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, such that at any moment the old or the new one is there, whole.
 
     A temporary name beside it, synced, renamed, the folder synced. On any error the temporary file
     is removed; one that a killed process left is removed by the next `remove_leftovers`.
@@ -31,8 +33,7 @@ def write_whole(path: Path, chunks: Iterable[Any]) -> None:
     temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -44,6 +45,13 @@ def write_whole(path: Path, chunks: Iterable[Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_whole(path: Path, chunks: Iterable[Any]) -> None:
+    """Write a file from its parts, whole or not at all."""
+    with whole_file(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
 
 
 def seal(header: np.ndarray, parts: Iterable[bytes | np.ndarray]) -> list[np.ndarray]:
@@ -115,17 +123,20 @@ def samples_summary(path: Path) -> dict:
 def write_manifest(
     folder: Path,
     shards: list[dict],
+    captions: dict[str, str],
     variants: list[str],
     tokenizer: str | None,
     libraries: dict[str, str],
 ) -> bool:
     """Write dataset.json from the shards' entries (`samples_summary`), in their order.
 
-    Captions are recorded only if every shard has them for just these samples, variants and
-    tokenizer; otherwise the dataset counts as not tokenized. Returns whether they are recorded.
+    captions: the checksum of each shard's .captions file, by the shard's name. They are recorded
+    only if every shard still has just that file, made for just these samples; otherwise the dataset
+    counts as not tokenized. Returns whether they are recorded.
     """
-    checksums = [_captions_checksum(folder, shard, len(variants), tokenizer) for shard in shards]
-    tokenized = bool(variants) and None not in checksums
+    tokenized = bool(variants) and all(
+        _has_captions(folder, shard, captions.get(shard["name"])) for shard in shards
+    )
     head = {
         "format": FORMAT,
         "version": VERSION,
@@ -133,26 +144,29 @@ def write_manifest(
         "tokenizer": tokenizer if tokenized else None,
         "libraries": libraries,
     }
-    lines = [
-        "    " + json.dumps({**shard, "captions_checksum": checksum if tokenized else None})
-        for shard, checksum in zip(shards, checksums, strict=True)
+    entries = [
+        {**shard, "captions_checksum": captions[shard["name"]] if tokenized else None}
+        for shard in shards
     ]
-    text = json.dumps(head, indent=2)[:-2] + ',\n  "shards": [\n' + ",\n".join(lines) + "\n  ]\n}\n"
-    write_whole(folder / "dataset.json", [text.encode()])
+    write_whole(folder / "dataset.json", [manifest_text({**head, "shards": entries})])
     return tokenized
 
 
-def _captions_checksum(
-    folder: Path, shard: dict, variants: int, tokenizer: str | None
-) -> str | None:
+def manifest_text(manifest: dict) -> bytes:
+    """dataset.json as it is written: a shard a line, and last a checksum of all the rest."""
+    head = {k: v for k, v in manifest.items() if k not in ("shards", "checksum")}
+    lines = ",\n".join("    " + json.dumps(shard) for shard in manifest["shards"])
+    text = json.dumps(head, indent=2)[:-2] + ',\n  "shards": [\n' + lines + "\n  ]"
+    checksum = checksum_hex(text.encode())
+    return f'{text},\n  "checksum": "{checksum}"\n}}\n'.encode()
+
+
+def _has_captions(folder: Path, shard: dict, checksum: str | None) -> bool:
     try:
-        captions = CaptionsTable(folder / f"{shard['name'].removesuffix('.tar')}.captions")
+        table = CaptionsTable(folder / f"{shard['name'].removesuffix('.tar')}.captions")
     except (FileNotFoundError, ValueError):
-        return None
-    fits = (
-        f"{int(captions.header['samples_checksum']):016x}" == shard["samples_checksum"]
-        and captions.variants == variants
-        and captions.tokenizer == tokenizer
-        and captions.count == shard["samples"]
+        return False
+    return (
+        f"{int(table.header['checksum']):016x}" == checksum
+        and f"{int(table.header['samples_checksum']):016x}" == shard["samples_checksum"]
     )
-    return f"{int(captions.header['checksum']):016x}" if fits else None

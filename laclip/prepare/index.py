@@ -63,6 +63,7 @@ def index(
     found = run_shards(
         index_shard,
         [(path, decode, force) for path in paths],
+        total=len(paths),
         label="index",
         jobs=jobs,
         ray=ray,
@@ -71,9 +72,9 @@ def index(
     manifest = read_manifest(folder)
     libraries = {**manifest.get("libraries", {}), "laclip": laclip.__version__}
     variants, tokenizer = manifest.get("variants", []), manifest.get("tokenizer")
-    kept = write_manifest(
-        folder, [result["shard"] for result in found], variants, tokenizer, libraries
-    )
+    captions = {shard["name"]: shard["captions_checksum"] for shard in manifest.get("shards", [])}
+    shards = [result["shard"] for result in found]
+    kept = write_manifest(folder, shards, captions, variants, tokenizer, libraries)
     text = _report(folder, found)
     if variants and not kept:
         text += f"\nits captions are not of these samples. Run: laclip tokenize {folder}"

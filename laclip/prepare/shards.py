@@ -3,10 +3,12 @@
 import argparse
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 
@@ -28,8 +30,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_shards(
     function: Callable[..., Any],
-    tasks: Sequence[tuple],
+    tasks: Iterable[tuple],
     *,
+    total: int,
     label: str,
     jobs: int = 1,
     ray: bool = False,
@@ -37,15 +40,16 @@ def run_shards(
 ) -> list[Any]:
     """`[function(*task) for task in tasks]`, in parallel, in order, with a line of progress.
 
-    `function` is a module-level function; `weigh(result)` gives what the progress line adds up and
-    its unit. The first exception stops the run: shards already done stay done.
+    `function` is a module-level function; there are `total` tasks; `weigh(result)` gives what the
+    progress line adds up and its unit. The first exception stops the run: shards already done stay
+    done.
     """
-    results: list[Any] = [None] * len(tasks)
-    progress = _Progress(label, len(tasks))
+    results: list[Any] = [None] * total
+    progress = _Progress(label, total)
     if ray:
         finished = _on_ray(function, tasks)
-    elif jobs > 1 and len(tasks) > 1:
-        finished = _on_processes(function, tasks, min(jobs, len(tasks)))
+    elif jobs > 1 and total > 1:
+        finished = _on_processes(function, tasks, min(jobs, total))
     else:
         finished = ((i, function(*task)) for i, task in enumerate(tasks))
     for index, result in finished:
@@ -57,7 +61,8 @@ def run_shards(
 
 def _on_processes(function, tasks, jobs: int) -> Iterator[tuple[int, Any]]:
     # spawn: a fork of a process with threads may hang.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool:
         waiting = iter(enumerate(tasks))
         running: dict[Any, int] = {}
         try:
@@ -71,6 +76,19 @@ def _on_processes(function, tasks, jobs: int) -> Iterator[tuple[int, Any]]:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next shard for ever."""
+    parent = parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch():
+        wait_for([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _on_ray(function, tasks) -> Iterator[tuple[int, Any]]:

@@ -166,7 +166,9 @@ def tokenize(
     work.mkdir()
     try:
         sources = _sources(dataset, kept, rewrites, original_csv, join, work)
-        counts, used = _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray)
+        checksums, counts, used = _write_captions(
+            dataset, sources, tokenizer, fingerprint, jobs, ray
+        )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     variants = [source.name for source in sources]
@@ -176,8 +178,10 @@ def tokenize(
     entries = [
         samples_summary(folder / f"{shard.stem}.samples")["shard"] for shard in dataset.shards
     ]
-    if not write_manifest(folder, entries, variants, fingerprint, manifest_libraries):
-        raise ValueError(f"{folder}: changed while it was tokenized. Run it again")
+    if not write_manifest(folder, entries, checksums, variants, fingerprint, manifest_libraries):
+        raise ValueError(
+            f"{folder}: another process changed it meanwhile. Run laclip tokenize again"
+        )
     (folder / JOURNAL).unlink(missing_ok=True)
     return _report(folder, dataset.num_samples, sources, counts, used)
 
@@ -204,7 +208,10 @@ def _sources(dataset, kept, rewrites, original_csv, join, work: Path) -> list[So
 
 
 def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
-    """Run the shards that are left; returns the counts and the found texts of every variant."""
+    """Run the shards that are left.
+
+    Returns the checksum of each shard's file, and the counts and found texts of every variant.
+    """
     seen = [(s.name, s.kind, s.old, s.identity, s.checksum) for s in sources]
     fields = [s.place for s in sources if s.kind == "json"]
     old = (
@@ -221,23 +228,26 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
     results = run_shards(
         tokenize_shard,
         tasks,
+        total=len(tasks),
         label="tokenize",
         jobs=jobs,
         ray=ray,
-        weigh=lambda result: (result[2], "captions"),
+        weigh=lambda result: (result[3], "captions"),
     )
     counts = [VariantCount() for _ in sources]
     used: list[np.ndarray | None] = [
         np.zeros(len(TextStore(Path(s.place))), bool) if s.kind == "store" else None
         for s in sources
     ]
-    for shard_counts, found, _ in results:
+    checksums = {}
+    for shard, (checksum, shard_counts, found, _) in zip(dataset.shards, results, strict=True):
+        checksums[shard.name] = checksum
         for total, count in zip(counts, shard_counts, strict=True):
             total.add(count)
         for mask, numbers in zip(used, found, strict=True):
             if mask is not None:
                 mask[numbers] = True
-    return counts, used
+    return checksums, counts, used
 
 
 def _read_journal(path: Path, plan: str) -> dict[str, str]:
@@ -262,8 +272,8 @@ def _store(place: str) -> TextStore:
 def tokenize_shard(folder: Path, shard, sources, tokenizer: str, plan: str, done: str | None):
     """Write the .captions file of one shard.
 
-    Returns, for every variant, its counts and the numbers of the texts that were used, and how
-    many captions were written.
+    Returns the file's checksum; for every variant, its counts and the numbers of the texts that
+    were used; and how many captions were written.
     """
     samples = SamplesTable(folder / f"{shard.stem}.samples")
     if f"{int(samples.header['checksum']):016x}" != shard.samples_checksum:
@@ -290,14 +300,12 @@ def tokenize_shard(folder: Path, shard, sources, tokenizer: str, plan: str, done
             tokens_of.append(_encode(texts, tokenizer, count))
         counts.append(count)
         found.append(numbers)
-    if done is not None and _has_checksum(path, done):
-        table = CaptionsTable(path)
-    else:
-        _write(path, samples, tokens_of, _tokenizer(tokenizer), plan, shard.name)
-        table = CaptionsTable(path)
+    if done is None or not _has_checksum(path, done):
+        done = _write(path, samples, tokens_of, _tokenizer(tokenizer), plan, shard.name)
+    table = CaptionsTable(path)
     for variant, count in enumerate(counts):
         _count(table, variant, count)
-    return counts, found, len(samples) * len(sources)
+    return done, counts, found, len(samples) * len(sources)
 
 
 def _has_checksum(path: Path, checksum: str) -> bool:
@@ -344,7 +352,7 @@ def _encode(texts: list[str | None], tokenizer: str, count: VariantCount):
     return lengths, tokens, flags
 
 
-def _write(path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, name: str) -> None:
+def _write(path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, name: str) -> str:
     variants = len(tokens_of)
     lengths = np.column_stack([lengths for lengths, _, _ in tokens_of])  # [count, variants]
     flags = np.column_stack([flags for _, _, flags in tokens_of])
@@ -375,17 +383,25 @@ def _write(path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, n
     with open(path.parent / JOURNAL, "ab") as journal:
         journal.write(f"{plan}\t{name}\t{checksum}\t.\n".encode())
     write_whole(path, sealed)
+    return checksum
 
 
 def _count(table: CaptionsTable, variant: int, count: VariantCount) -> None:
     entries = table.entries[variant : table.count * table.variants : table.variants]
     lengths = np.diff(table.entries & POSITION_MASK)[variant :: table.variants]
-    missing = entries & CAPTION_MISSING != 0
-    count.missing = int(np.count_nonzero(missing))
+    count.missing = int(np.count_nonzero(entries & CAPTION_MISSING))
     count.short = int(np.count_nonzero(entries & CAPTION_SHORT))
     count.over_context = int(np.count_nonzero(lengths > CONTEXT_TOKENS))
-    bins = np.searchsorted(BINS, lengths[~missing], side="right") - 1
-    count.lengths = np.bincount(bins, minlength=len(BINS)).astype(np.int64)
+    count.lengths = read_lengths(table, variant)
+
+
+def read_lengths(table: CaptionsTable, variant: int) -> np.ndarray:
+    """How many captions of a variant have so many tokens, int64 [len(BINS)]; missing ones apart."""
+    entries = table.entries[variant : table.count * table.variants : table.variants]
+    lengths = np.diff(table.entries & POSITION_MASK)[variant :: table.variants]
+    present = lengths[entries & CAPTION_MISSING == 0]
+    bins = np.searchsorted(BINS, present, side="right") - 1
+    return np.bincount(bins, minlength=len(BINS)).astype(np.int64)
 
 
 class _ShardTexts:

@@ -1,0 +1,320 @@
+"""The losses' matrix work as fused Triton kernels: launches, buffers, and the sums that follow.
+
+The fast twin of chunked.py, function for function. No function reads a device value on the host.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+from laclip.kernels import triton_kernels as kernels
+from laclip.kernels.chunked import GAIN
+from laclip.kernels.launch_table import Tile, device_facts, sweep_splits, tile
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+SOFTMAX, ONLINE, SIGMOID = 0, 1, 2
+LN_2 = math.log(2.0)
+
+
+def check_device(features: torch.Tensor) -> None:
+    """Raise ValueError where no Triton kernel can run."""
+    if not features.is_cuda and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"implementation='triton' needs features on a GPU, found {features.device}: use "
+            "implementation='auto' (or set TRITON_INTERPRET=1 before Python starts, to test)"
+        )
+
+
+def _aligned(features: torch.Tensor) -> torch.Tensor:
+    """Features at an address that a tensor descriptor takes (a multiple of 16 bytes)."""
+    return features if features.data_ptr() % 16 == 0 else features.clone()
+
+
+def _described(features: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(features, [rows, columns])
+
+
+def _margin(columns: int) -> float:
+    """A sum of `columns` exponentials of at most this overflows nowhere; see _scale_and_shift."""
+    return 87.0 - math.log(columns)
+
+
+def _options(shape: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": shape.rows,
+        "BLOCK_N": shape.columns,
+        "BLOCK_K": shape.inner,
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+    }
+
+
+def pair_cosines(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """`[batch]` fp32 dot products of matching rows."""
+    rows, dim = image.shape
+    out = torch.empty(rows, dtype=torch.float32, device=image.device)
+    kernels.pair_cosines[(triton.cdiv(rows, 16),)](
+        image, text, out, rows, DIM=dim, BLOCK_M=16, BLOCK_K=128
+    )
+    return out
+
+
+def log_sums(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    logit_scale: torch.Tensor,
+    pair_cosine: torch.Tensor,
+    first_column: int,
+    chunk_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As chunked.log_sums; the third result is a device flag.
+
+    The flag is up (1) where one shift for all logits lost a sum: it was beyond fp32, or so small
+    that what underflowed could matter (more than 1e-6 of it). Kernels with a running maximum then
+    serve this step; while it is down they return at once.
+    """
+    image, text = _aligned(image), _aligned(text)
+    (rows, dim), columns = image.shape, len(text)
+    plain, edge = (tile(name, image, rows, columns) for name in ("sweep", "sweep_edge"))
+    _, processors = device_facts(image.device)
+    blocks, full_blocks = triton.cdiv(columns, plain.columns), columns // plain.columns
+    row_tiles = triton.cdiv(rows, plain.rows)
+    splits = sweep_splits(max(1, full_blocks), row_tiles, processors)
+    # A ragged last block is swept by EDGE alone, all of it: shared out, or it would come last.
+    edge_splits = 1 if full_blocks == blocks else min(32, row_tiles)
+    row_parts = image.new_empty(blocks, rows, dtype=torch.float32)
+    column_parts = image.new_zeros(splits + edge_splits, columns, dtype=torch.float32)
+    margin = _margin(columns)
+    for shape, grid, slot, is_edge in (
+        (plain, (full_blocks, splits), 0, False),
+        (edge, (blocks, edge_splits), splits, True),
+    ):
+        if grid[0]:
+            kernels.column_sweep[grid](
+                _described(image, shape.rows, shape.inner),
+                _described(text, shape.columns, shape.inner),
+                row_parts,
+                column_parts,
+                logit_scale,
+                rows,
+                columns,
+                first_column,
+                margin,
+                slot,
+                grid[1],
+                DIM=dim,
+                PLAIN_M=plain.rows,
+                EDGE=is_edge,
+                **_options(shape),
+            )
+    flag = torch.zeros(1, dtype=torch.int32, device=image.device)
+    row = image.new_empty(2, rows, dtype=torch.float32)
+    column = image.new_empty(2, columns, dtype=torch.float32)
+    lowest = columns * 2.0**-106
+    for parts, (total, shift), first_pair in (
+        (row_parts, row, 0),
+        (column_parts, column, first_column),
+    ):
+        count, length = parts.shape
+        kernels.add_parts[(triton.cdiv(length, 128),)](
+            parts,
+            total,
+            shift,
+            pair_cosine,
+            logit_scale,
+            flag,
+            count,
+            length,
+            first_pair,
+            rows,
+            margin,
+            lowest,
+            BLOCK=128,
+            num_warps=4,
+        )
+    shape = tile("online", image, rows, columns)
+    for mine, others, (total, shift), offset in (
+        (image, text, row, first_column),
+        (text, image, column, -first_column),
+    ):
+        kernels.online_sums[(triton.cdiv(len(mine), shape.rows),)](
+            _described(mine, shape.rows, shape.inner),
+            _described(others, shape.columns, shape.inner),
+            total,
+            shift,
+            logit_scale,
+            flag,
+            len(mine),
+            len(others),
+            offset,
+            DIM=dim,
+            **_options(shape),
+        )
+    row, column = row.double(), column.double()
+    return (row[0].log2() + row[1]) * LN_2, (column[0].log2() + column[1]) * LN_2, flag
+
+
+def softmax_terms(
+    log_sum: torch.Tensor, logit_scale: torch.Tensor, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Full log-sums as gradient_tiles takes them: `[2, ...]` fp32, for SOFTMAX and for ONLINE."""
+    shift = (logit_scale.double().abs() - _margin(columns)).clamp_min(0.0)
+    gain = GAIN[dtype]
+    return torch.stack([(shift - log_sum).exp() * gain, log_sum / LN_2 - math.log2(gain)]).float()
+
+
+@lru_cache(maxsize=4096)
+def _edge_tiles(
+    rows: int, columns: int, first_column: int, plain: Tile, edge: Tile, device: torch.device
+) -> torch.Tensor:
+    """`[count, 2]` int32: the EDGE tiles within those plain tiles that hold pairs or overhang."""
+    m = torch.arange(triton.cdiv(rows, plain.rows))[:, None] * plain.rows
+    n = torch.arange(triton.cdiv(columns, plain.columns))[None, :] * plain.columns
+    hit = (m + plain.rows > rows) | (n + plain.columns > columns)
+    hit |= (first_column + m < n + plain.columns) & (first_column + m + plain.rows > n)
+    by_rows, by_columns = plain.rows // edge.rows, plain.columns // edge.columns
+    hit = hit.repeat_interleave(by_rows, 0).repeat_interleave(by_columns, 1)
+    hit = hit[: triton.cdiv(rows, edge.rows), : triton.cdiv(columns, edge.columns)]
+    # nonzero answers column by column.
+    return hit.nonzero().to(torch.int32).contiguous().to(device)
+
+
+def _gradient_pass(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    block: torch.Tensor,
+    terms: tuple[torch.Tensor, torch.Tensor],
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor,
+    flag: torch.Tensor,
+    first_column: int,
+    mode: int,
+    names: tuple[str, str],
+    with_gradient: bool = True,
+) -> torch.Tensor:
+    """Fill `block` with G, plain tiles and then EDGE tiles; `[3]` fp32 sums by tiles."""
+    (rows, dim), columns = image.shape, len(text)
+    plain, edge = (tile(name, image, rows, columns) for name in names)
+    edges = _edge_tiles(rows, columns, first_column, plain, edge, image.device)
+    tiles = triton.cdiv(rows, plain.rows) * triton.cdiv(columns, plain.columns)
+    parts = torch.zeros(3, tiles + len(edges), dtype=torch.float32, device=image.device)
+    _, processors = device_facts(image.device)
+    for shape, taken, count, is_edge in (
+        (plain, parts, tiles, False),
+        (edge, parts[:, tiles:], len(edges), True),
+    ):
+        programs = min(count, processors * shape.per_processor)
+        kernels.gradient_tiles[(programs,)](
+            _described(image, shape.rows, shape.inner),
+            _described(text, shape.columns, shape.inner),
+            _described(block, shape.rows, shape.columns // shape.slabs),
+            *terms,
+            taken,
+            logit_scale,
+            logit_bias,
+            flag,
+            edges,
+            len(edges),
+            rows,
+            columns,
+            first_column,
+            _margin(columns),
+            parts.shape[1],
+            programs,
+            DIM=dim,
+            SLABS=shape.slabs,
+            MODE=mode,
+            EDGE=is_edge,
+            GRADIENT=with_gradient,
+            GAIN=GAIN[image.dtype],
+            **_options(shape),
+        )
+    return parts.sum(1, dtype=torch.float64)
+
+
+def _empty_block(image: torch.Tensor, columns: int) -> torch.Tensor:
+    """Room for G: rows padded to 16 bytes, as descriptors want it."""
+    return image.new_empty(len(image), -(-columns // 8) * 8)[:, :columns]
+
+
+def softmax_gradient(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    row_terms: torch.Tensor,
+    column_terms: torch.Tensor,
+    logit_scale: torch.Tensor,
+    first_column: int,
+    flag: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As chunked.softmax_gradient, on the terms of softmax_terms."""
+    image, text = _aligned(image), _aligned(text)
+    block = _empty_block(image, len(text))
+    scale_sum = torch.zeros((), dtype=torch.float64, device=image.device)
+    for mode, names in (
+        (SOFTMAX, ("softmax", "softmax_edge")),
+        (ONLINE, ("softmax_edge", "softmax_edge")),
+    ):
+        terms = (row_terms[mode], column_terms[mode])
+        sums = _gradient_pass(
+            image, text, block, terms, logit_scale, logit_scale, flag, first_column, mode, names
+        )
+        scale_sum += sums[0]
+    return block, scale_sum / GAIN[image.dtype]
+
+
+def sigmoid_gradient(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor,
+    first_column: int,
+    with_gradient: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """As chunked.sigmoid_gradient."""
+    image, text = _aligned(image), _aligned(text)
+    block = _empty_block(image, len(text) if with_gradient else 256)
+    nothing = torch.zeros(1, dtype=torch.int32, device=image.device)
+    terms = (logit_scale, logit_scale)  # not read
+    sums = _gradient_pass(
+        image,
+        text,
+        block,
+        terms,
+        logit_scale,
+        logit_bias,
+        nothing,
+        first_column,
+        SIGMOID,
+        ("sigmoid", "sigmoid_edge"),
+        with_gradient,
+    )
+    return block if with_gradient else None, sums
+
+
+def combine(
+    product_sum: torch.Tensor,
+    coefficients: torch.Tensor,
+    others: torch.Tensor,
+    mean: torch.Tensor | None,
+    factor: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """As chunked.combine; `out` may be product_sum itself."""
+    rows, dim = product_sum.shape
+    kernels.combine[(triton.cdiv(rows, 16), triton.cdiv(dim, 256))](
+        product_sum,
+        coefficients,
+        others,
+        product_sum if mean is None else mean,
+        factor,
+        out,
+        rows,
+        len(others),
+        coefficients.stride(0),
+        others.stride(0),
+        HAS_MEAN=mean is not None,
+        DIM=dim,
+        BLOCK_M=16,
+        BLOCK_K=256,
+    )

@@ -1,0 +1,328 @@
+"""laclip tokenize: every way in which rewrites find their samples, and what is refused."""
+
+import csv
+import io
+import json
+import re
+import tarfile
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from laclip.cli import main
+from laclip.dataset import CAPTION_MISSING, CAPTION_SHORT, open_dataset
+from laclip.prepare.index import index
+from laclip.prepare.store import TextStore, build_store
+from laclip.prepare.tokenize import JOURNAL, MAX_TOKENS, tokenize
+from laclip.tokenizer import load_tokenizer
+
+IMAGE = io.BytesIO()
+Image.new("RGB", (8, 8)).save(IMAGE, "JPEG")
+TOKENIZER = load_tokenizer()
+
+# key: (caption, row, image path)
+SAMPLES = {
+    "k0": ("a red dog", 0, "img/0.jpg"),
+    "k2": ("a cat, grey\nand small", 2, "img/2.jpg"),
+    "k3": ('the "big" house', 3, "img/3.jpg"),
+    "k5": ("a red dog", 5, "img/5.jpg"),
+}
+REWRITES = {"k0": "one dog in red", "k2": "grey kitten sits", "k3": "large home", "k5": "dog, red"}
+
+
+def make(folder, shards=2):
+    folder.mkdir(exist_ok=True)
+    items = list(SAMPLES.items())
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for key, (caption, row, path) in items[shard::shards]:
+                extra = {"laclip_row": row, "laclip_path": path, "blip": f"blip {key} text"}
+                for extension, data in (
+                    ("jpg", IMAGE.getvalue()),
+                    ("txt", caption.encode()),
+                    ("json", json.dumps(extra).encode()),
+                ):
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    index(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make(tmp_path / "set")
+
+
+def texts(folder, variant):
+    """key -> decoded text of a variant, None where it is missing."""
+    dataset = open_dataset(folder)
+    number = dataset.variants.index(variant)
+    found = {}
+    for shard in range(len(dataset.shards)):
+        samples, captions = dataset.samples(shard), dataset.captions(shard)
+        for i, key in enumerate(samples.keys()):
+            missing = captions.flags(i, number) & CAPTION_MISSING
+            tokens = captions.tokens(i, number).tolist()
+            assert not (missing and tokens)
+            found[key] = None if missing else tokens
+    return found
+
+
+def encoded(expected):
+    return {key: None if text is None else TOKENIZER.encode(text) for key, text in expected.items()}
+
+
+def write_keyed(path):
+    rows = [*REWRITES.items(), ("nobody", "a text for no sample")]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"key": k, "text": t}) + "\n" for k, t in rows))
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([("text", "url", "key"), *((t, "-", k) for k, t in rows)])
+    else:
+        table = pyarrow.table({"key": [k for k, _ in rows], "text": [t for _, t in rows]})
+        pyarrow.parquet.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_rewrites_join_by_key(suffix, folder, tmp_path):
+    report = tokenize(folder, {"llm": write_keyed(tmp_path / f"r.{suffix}")})
+    assert texts(folder, "llm") == encoded(REWRITES)
+    assert texts(folder, "original") == encoded({k: c for k, (c, _, _) in SAMPLES.items()})
+    (line,) = [line for line in report.splitlines() if line.split()[0] == "llm"]
+    assert line.split()[5] == "1"  # unmatched: nobody
+
+
+def test_rewrites_come_from_a_json_field(folder):
+    tokenize(folder, {"blip": "json:blip", "none": "json:nothing"})
+    assert texts(folder, "blip") == encoded({key: f"blip {key} text" for key in SAMPLES})
+    assert set(texts(folder, "none").values()) == {None}
+
+
+def release(tmp_path, header=True, rows=7):
+    """A release's CSV with quoted commas and newlines, rows 1, 4 and 6 of dead links."""
+    by_row = {row: (path, caption) for caption, row, path in SAMPLES.values()}
+    original = tmp_path / "x_original.csv"
+    with open(original, "w", newline="") as file:
+        writer = csv.writer(file)
+        if header:
+            writer.writerow(("image_path", "caption"))
+        for row in range(7):
+            writer.writerow(by_row.get(row, (f"img/{row}.jpg", f'dead, "row"\n{row}')))
+    text = tmp_path / "x_llama.txt"
+    text.write_text("".join(f"rewrite of row {row}\n" for row in range(rows)))
+    return original, text
+
+
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize("join", ["row", "path", "caption"])
+def test_release_texts_join_by_row_path_or_caption(join, header, folder, tmp_path):
+    original, text = release(tmp_path, header)
+    tokenize(folder, {"llama": text}, original_csv=original, join=join)
+    expected = {key: f"rewrite of row {row}" for key, (_, row, _) in SAMPLES.items()}
+    if join == "caption":  # two rows have this caption: the first one's rewrite serves both
+        expected["k5"] = expected["k0"]
+    assert texts(folder, "llama") == encoded(expected)
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+def test_a_text_file_of_another_length_is_refused(rows, folder, tmp_path):
+    original, text = release(tmp_path, rows=rows)
+    with pytest.raises(ValueError, match=rf"x_llama\.txt: {rows} lines, but .* has 7 rows"):
+        tokenize(folder, {"llama": text}, original_csv=original)
+    assert open_dataset(folder).variants == ()
+
+
+def test_one_variant_is_added_replaced_or_dropped_alone(folder, tmp_path):
+    path = write_keyed(tmp_path / "r.jsonl")
+    tokenize(folder, {"a": path, "b": "json:blip"})
+    tars = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.tar")}
+    originals, blip = texts(folder, "original"), texts(folder, "b")
+    path.write_text('{"key": "k3", "text": "a new one"}\n')
+    tokenize(folder, {"a": path})
+    assert open_dataset(folder).variants == ("original", "a", "b")
+    new = encoded({"k0": None, "k2": None, "k3": "a new one", "k5": None})
+    assert (texts(folder, "original"), texts(folder, "a"), texts(folder, "b")) == (
+        originals, new, blip,
+    )  # fmt: skip
+    tokenize(folder, {"c": path}, drop=("b",))
+    assert open_dataset(folder).variants == ("original", "a", "c")
+    assert texts(folder, "a") == texts(folder, "c") == new
+    assert tars == {p.name: p.stat().st_mtime_ns for p in folder.glob("*.tar")}
+
+
+def test_adding_variants_in_turn_equals_adding_them_at_once(tmp_path):
+    path = write_keyed(tmp_path / "r.jsonl")
+    one, two = make(tmp_path / "one"), make(tmp_path / "two")
+    tokenize(one, {"a": path, "b": "json:blip"})
+    tokenize(two, {"a": path})
+    tokenize(two, {"b": "json:blip"})
+    for file in one.iterdir():
+        assert (two / file.name).read_bytes() == file.read_bytes()
+
+
+def test_processes_give_what_one_gives(tmp_path):
+    path = write_keyed(tmp_path / "r.jsonl")
+    one, two = make(tmp_path / "one"), make(tmp_path / "two")
+    reports = [tokenize(f, {"a": path}, jobs=jobs) for f, jobs in ((one, 1), (two, 2))]
+    assert reports[0].replace(str(one), str(two)) == reports[1]
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    for file in one.iterdir():
+        assert (two / file.name).read_bytes() == file.read_bytes()
+
+
+def test_short_missing_long_and_broken_captions_are_kept_and_counted(tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    captions = {
+        "one": b"word",
+        "blank": b" \n\t ",
+        "long": b"dog " * 100,
+        "huge": b"cat " * 25_000,
+        "latin": "caf\xe9 noir".encode("latin1"),
+        "none": None,
+    }
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for key, caption in captions.items():
+            for extension, data in (("jpg", IMAGE.getvalue()), ("txt", caption)):
+                if data is not None:
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    index(folder)
+    report = tokenize(folder)
+    assert report.splitlines()[2].split()[:5] == ["original", "2", "1", "2", "1"]
+    table = open_dataset(folder).captions(0)
+    lengths = [len(table.tokens(i, 0)) for i in range(6)]
+    assert lengths[1] == lengths[5] == 0 and lengths[2] == 100 and lengths[3] == MAX_TOKENS
+    assert [table.flags(i, 0) for i in range(6)] == [
+        CAPTION_SHORT, CAPTION_MISSING, 0, 0, 0, CAPTION_MISSING,
+    ]  # fmt: skip
+
+
+def bad_file(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+BAD_FILES = {
+    "no json": ("r.jsonl", b'{"key": "k0", "text": "x y"}\n{oops\n', r"r\.jsonl: line 2"),
+    "no text": ("r.jsonl", b'{"key": "k0"}\n', "line 1"),
+    "number for text": ("r.jsonl", b'{"key": "k0", "text": 3}\n', "line 1"),
+    "latin-1": ("r.jsonl", '\n{"key": "é"}'.encode("latin1"), "line 2, byte 10: not UTF-8"),
+    "empty": ("r.jsonl", b"", "no rewrites in it"),
+    "columns": ("r.csv", b"id,words\n1,a b\n", r"columns \['id', 'words'\], expected key and text"),
+    "short row": ("r.csv", b"key,text\nk0,a b\nk2\n", "line 3: 1 cells"),
+    "open quote": ("r.csv", b'key,text\nk0,"a b\n', r"r\.csv: line"),
+    "latin-1 csv": ("r.csv", "key,text\nk0,é".encode("latin1"), "iconv -f latin1"),
+    "no parquet": ("r.parquet", b"PAR1 nothing", "not Parquet"),
+    "no original": ("r.txt", b"a line\n", "--original-csv"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_broken_file_of_rewrites_is_refused_and_changes_nothing(case, folder, tmp_path, capsys):
+    tokenize(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    name, content, message = BAD_FILES[case]
+    path = bad_file(tmp_path, name, content)
+    assert main(["tokenize", str(folder), "--rewrites", f"a={path}", "--jobs", "1"]) == 2
+    error = capsys.readouterr().err
+    assert name in error and re.search(message, error) and "Traceback" not in error
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rewrites", "a"], "expected NAME=FILE"),
+        (["--rewrites", "a=missing.jsonl"], "no such file"),
+        (["--rewrites", "original=x.jsonl"], "original is the name of KEY.txt"),
+        (["--drop", "b"], "the dataset has"),
+        (["--tokenizer", "bert"], "bert"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, folder, capsys):
+    assert main(["tokenize", str(folder), "--jobs", "1", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_stopped_halfway_goes_on(folder, tmp_path, monkeypatch):
+    tokenize(folder, {"b": "json:blip"})
+    whole = tmp_path / "whole"
+    make(whole)
+    path = write_keyed(tmp_path / "r.jsonl")
+    tokenize(whole, {"b": "json:blip", "a": path})
+    from laclip.prepare import tokenize as module
+
+    write, written = module.write_whole, []
+
+    def stop_at_second(target, chunks):
+        if len(written) == 1:
+            raise OSError("no space left")
+        written.append(target.name)
+        write(target, chunks)
+
+    monkeypatch.setattr(module, "write_whole", stop_at_second)
+    with pytest.raises(OSError, match="no space left"):
+        tokenize(folder, {"a": path})
+    assert (folder / JOURNAL).exists()
+    monkeypatch.setattr(module, "write_whole", write)
+    # Other arguments cannot use the half that is done, and say so.
+    with pytest.raises(ValueError, match="another run of laclip tokenize stopped halfway"):
+        tokenize(folder, {"c": path})
+    tokenize(folder, {"a": path})
+    assert not (folder / JOURNAL).exists()
+    for file in whole.iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_captions_of_another_tokenizer_are_not_kept(folder, monkeypatch):
+    tokenize(folder, {"b": "json:blip"})
+    manifest = json.loads((folder / "dataset.json").read_text())
+    manifest["tokenizer"] = "sentencepiece:0011"
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"\['b'\] were tokenized with sentencepiece:0011"):
+        tokenize(folder)
+    tokenize(folder, {"b": "json:blip"})
+    assert open_dataset(folder).tokenizer == TOKENIZER.fingerprint
+
+
+def test_new_samples_ask_for_new_captions(folder, capsys):
+    tokenize(folder)
+    (folder / "1.tar").write_bytes((folder / "0.tar").read_bytes())
+    assert main(["index", str(folder), "--force", "--jobs", "1"]) == 0
+    assert "Run: laclip tokenize" in capsys.readouterr().out
+    assert open_dataset(folder).variants == ()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.text(max_size=3), st.text(max_size=5)), max_size=40))
+def test_the_store_is_a_dictionary_whose_first_text_wins(tmp_path_factory, pairs):
+    pairs = [(k, t) for k, t in pairs if k.isprintable() and t.isprintable()]
+    place = tmp_path_factory.mktemp("store") / "s"
+    build_store(place, pairs)
+    store = TextStore(place)
+    expected: dict = {}
+    for key, text in pairs:
+        expected.setdefault(key, text)
+    asked = [*expected, "not there", None, *list(expected)[:2]]
+    found, numbers = store.find(asked)
+    assert found == [expected.get(key) for key in asked]
+    assert {pairs[n] for n in numbers.tolist()} == set(expected.items())
+
+
+def test_equal_hashes_are_told_apart_by_the_identity_itself(tmp_path, monkeypatch):
+    from laclip.prepare import store as module
+
+    monkeypatch.setattr(module, "hash_strings", lambda s: np.zeros(len(s), np.uint64))
+    build_store(tmp_path / "s", [("a", "1"), ("b", "2"), ("c", "3")])
+    assert TextStore(tmp_path / "s").find(["c", "a", "x", "b"])[0] == ["3", "1", None, "2"]

@@ -1,0 +1,328 @@
+"""The C++ core of the loader: epoch order, batch reader, captions, crop windows."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from laclip import _native
+from laclip.dataset import open_dataset
+from laclip.loader import shard_files
+from laclip.tokenizer import load_tokenizer
+
+EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
+CAPTION, CROP = 3, 4  # streams of csrc/epoch_order.hpp
+
+
+def options(**values):
+    result = _native.ReaderOptions()
+    tokenizer = load_tokenizer()
+    defaults = {
+        "seed": 7,
+        "global_batch_size": 128,
+        "window_shards": 2,
+        "context_length": 32,
+        "sot_token": tokenizer.sot_token,
+        "eot_token": tokenizer.eot_token,
+    }
+    for name, value in {**defaults, **values}.items():
+        setattr(result, name, value)
+    return result
+
+
+def reader(folder=EMOJI / "train", **values):
+    return _native.BatchReader(shard_files(open_dataset(folder)), options(**values))
+
+
+def digest(batch):
+    """A hash a sample of all that the reader decides about it."""
+    begins = batch.begins
+    return [
+        hashlib.sha256(
+            b"|".join(
+                [
+                    batch.samples[i].tobytes(),
+                    batch.drawn_variants[i].tobytes(),
+                    batch.windows[i].tobytes(),
+                    batch.mirrors[i].tobytes(),
+                    batch.token_ids[:, i].tobytes(),
+                    batch.bytes[begins[i] : begins[i + 1]].tobytes(),
+                ]
+            )
+        ).hexdigest()
+        for i in range(batch.size)
+    ]
+
+
+@pytest.mark.parametrize("counts", [[1], [2], [5, 0, 3], [100] * 40, [1000, 1, 1, 500, 3]])
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_an_epoch_holds_each_sample_once(counts, window):
+    every = {(shard, index) for shard, count in enumerate(counts) for index in range(count)}
+    for epoch in range(3):
+        order = _native.EpochOrder(counts, 5, epoch, window)
+        assert len(order) == len(every)
+        assert {order[i] for i in range(len(order))} == every
+
+
+def test_epochs_and_seeds_give_different_orders():
+    counts = [50] * 8
+    orders = [
+        [_native.EpochOrder(counts, seed, epoch, 4)[i] for i in range(400)]
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        same = sum(x == y for x, y in zip(orders[a], orders[b]))
+        assert same < 20  # one is expected by chance
+
+
+def test_a_window_reads_from_its_own_shards_alone():
+    order = _native.EpochOrder([100] * 40, 3, 0, 4)
+    for window in range(10):
+        assert len({order[400 * window + i][0] for i in range(400)}) == 4
+
+
+def test_positions_inside_a_window_are_spread_evenly():
+    # Where each tenth of a window's samples lands: 1000 a cell, standard deviation below 30.
+    order = _native.EpochOrder([100_000], 0, 0, 1)
+    cells = np.zeros((10, 10), int)
+    for position in range(100_000):
+        cells[position // 10_000, order[position][1] // 10_000] += 1
+    assert np.abs(cells - 1000).max() < 150
+
+
+def test_each_sample_is_read_exactly_once_by_all_ranks_together():
+    total = len(reader())
+    for world_size in (1, 2, 4):
+        readers = [reader(rank=r, world_size=world_size) for r in range(world_size)]
+        batches = -(-total // 128)
+        seen = [s for k in range(batches) for r in readers for s in r.next().samples]
+        assert sorted(seen[:total]) == list(range(total))
+
+
+def test_ranks_threads_and_prefetch_leave_the_global_batches_as_they_are():
+    expected = [digest(batch) for batch in (reader().read(k) for k in range(26))]
+    for world_size, threads, prefetch in ((1, 1, 1), (1, 4, 7), (2, 2, 2), (4, 3, 5)):
+        readers = [
+            reader(rank=r, world_size=world_size, threads=threads, prefetch=prefetch, flip=False)
+            for r in range(world_size)
+        ]
+        for index in range(26):  # past the end of the first epoch
+            parts = [r.next() for r in readers]
+            assert {part.index for part in parts} == {index}
+            assert [h for part in parts for h in digest(part)] == expected[index]
+
+
+def test_any_batch_is_reached_directly():
+    straight = reader()
+    batches = [digest(straight.next()) for _ in range(40)]
+    jumping = reader()
+    for index in (33, 2, 39, 0):
+        jumping.seek(index)
+        assert digest(jumping.next()) == batches[index]
+
+
+def test_far_batches_are_read_at_once():
+    far = reader()
+    far.seek(10**9)
+    batch = far.next()
+    assert batch.index == 10**9
+    assert batch.epochs[0] == 10**9 * 128 // len(far)
+
+
+def texts_of_train():
+    """The texts of every sample by key, original first, from the files that users see."""
+    import tarfile
+
+    texts = {}
+    for tar in sorted((EMOJI / "train").glob("*.tar")):
+        with tarfile.open(tar) as file:
+            for member in file:
+                if member.name.endswith(".txt"):
+                    key = member.name.removesuffix(".txt")
+                    texts[key] = {"original": file.extractfile(member).read().decode()}
+    for variant in open_dataset(EMOJI / "train").variants[1:]:
+        for line in (EMOJI / "train" / f"{variant}.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            texts[record["key"]][variant] = record["text"]
+    return texts
+
+
+def test_token_ids_are_those_of_the_drawn_caption():
+    variants = open_dataset(EMOJI / "train").variants
+    tokenizer = load_tokenizer()
+    texts = texts_of_train()
+    train = reader()
+    fallbacks = 0
+    for _ in range(5):
+        batch = train.next()
+        for i, (sample, variant) in enumerate(zip(batch.samples, batch.drawn_variants)):
+            own = texts[train.name(int(sample))[1]]
+            text = own[variants[variant]]
+            assert variant == 0 or len(text.split()) >= 2
+            expected = tokenizer.encode_batch([text], context_length=32)[0]
+            assert batch.token_ids[0, i].tolist() == expected.tolist()
+            word = _native.philox([int(sample), int(batch.epochs[i]), CAPTION, 0], 7, 0)[0]
+            drawn = variants[(word * len(variants)) >> 64]
+            if drawn != variants[variant]:
+                fallbacks += 1
+                assert variant == 0
+                assert drawn not in own or len(own[drawn].split()) < 2
+    assert fallbacks > 0  # or the fall-back was not tried
+
+
+def test_policies_draw_what_they_say():
+    variants = len(open_dataset(EMOJI / "train").variants)
+    original = reader(captions="original")
+    assert not any(original.next().drawn_variants.any() for _ in range(5))
+    weights = [0.0] * variants
+    weights[2] = 1.0
+    weighted = reader(captions="weights", weights=weights)
+    drawn = np.concatenate([weighted.next().drawn_variants for _ in range(5)])
+    assert set(drawn) <= {0, 2} and (drawn == 2).mean() > 0.8
+    batch = reader(captions="multi").read(3)
+    single = reader(captions="original").read(3)
+    assert batch.token_ids.shape == (variants, 128, 32)
+    assert (batch.token_ids[0] == single.token_ids[0]).all()
+    assert (batch.samples == single.samples).all()
+
+
+def test_long_captions_are_cut_and_end_in_end_of_text():
+    tokenizer = load_tokenizer()
+    batch = reader(context_length=5).read(0)
+    rows = batch.token_ids[0]
+    assert (rows[:, 0] == tokenizer.sot_token).all()
+    full = rows[:, 4] != 0
+    assert full.any() and (rows[full, 4] == tokenizer.eot_token).all()
+
+
+def twin_window(width, height, sample, epoch, seed, scale, ratio):
+    """torchvision's RandomResizedCrop.get_params on the same random numbers."""
+    for attempt in range(10):
+        words = _native.philox([sample, epoch, CROP, attempt], seed, 0)
+        unit = [(word >> 11) / 2**53 for word in words[:2]]
+        area = width * height * (scale[0] + unit[0] * (scale[1] - scale[0]))
+        aspect = math.exp(math.log(ratio[0]) + unit[1] * (math.log(ratio[1]) - math.log(ratio[0])))
+        w = math.floor(math.sqrt(area * aspect) + 0.5)
+        h = math.floor(math.sqrt(area / aspect) + 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            return [
+                (words[2] * (width - w + 1)) >> 64,
+                (words[3] * (height - h + 1)) >> 64,
+                w,
+                h,
+            ]
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = math.floor(w / ratio[0] + 0.5)
+    elif width / height > ratio[1]:
+        w = math.floor(h * ratio[1] + 0.5)
+    return [(width - w) // 2, (height - h) // 2, w, h]
+
+
+@pytest.mark.parametrize("scale", [(0.5, 1.0), (0.08, 1.0), (0.9, 1.0)])
+def test_crop_windows_equal_the_slow_twin(scale):
+    train = reader(scale_low=scale[0], scale_high=scale[1], ratio_low=0.75, ratio_high=4 / 3)
+    dataset = open_dataset(EMOJI / "train")
+    records = np.concatenate([dataset.samples(s).records for s in range(len(dataset.shards))])
+    for _ in range(3):
+        batch = train.next()
+        for i, sample in enumerate(batch.samples.tolist()):
+            record = records[sample]
+            width, height = int(record["width"]), int(record["height"])
+            expected = twin_window(
+                width, height, sample, int(batch.epochs[i]), 7, scale, (0.75, 4 / 3)
+            )
+            assert batch.windows[i].tolist() == expected
+
+
+def test_flips_are_drawn_evenly_and_only_when_asked_for():
+    assert not reader().read(0).mirrors.any()
+    flipped = np.concatenate([reader(flip=True).read(k).mirrors for k in range(8)])
+    assert 0.4 < flipped.mean() < 0.6
+
+
+def test_a_bad_sample_yields_a_substitute_and_changes_nothing_else():
+    clean = reader().read(5)
+    bad = [int(clean.samples[i]) for i in (3, 70, 71)]
+    one = reader()
+    one.mark_bad(bad)
+    batch = one.read(5)
+    assert batch.substitutes == 3
+    changed = [i for i in range(128) if batch.samples[i] != clean.samples[i]]
+    assert changed == [3, 70, 71]
+    assert len(set(batch.samples.tolist())) == 128
+    before, after = digest(clean), digest(batch)
+    assert [i for i in range(128) if before[i] != after[i]] == changed
+    halves = []
+    for rank in range(2):
+        half = reader(rank=rank, world_size=2)
+        half.mark_bad(bad)
+        halves += digest(half.read(5))
+    assert halves == after
+
+
+def test_images_above_max_pixels_are_substituted():
+    dataset = open_dataset(EMOJI / "train")
+    sizes = np.concatenate(
+        [
+            dataset.samples(s).records["width"].astype(int) * dataset.samples(s).records["height"]
+            for s in range(len(dataset.shards))
+        ]
+    )
+    with pytest.raises(RuntimeError, match="every other sample of the shard is bad too"):
+        reader(max_pixels=int(sizes.max()) - 1).read(0)
+    assert reader(max_pixels=int(sizes.max())).read(0).substitutes == 0
+
+
+def test_a_shard_cut_short_is_named(emoji_copy):
+    tar = emoji_copy / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1024])
+    with pytest.raises(RuntimeError, match=r"00001\.tar' has size in bytes .* Run: laclip index"):
+        for _ in range(30):
+            reader(emoji_copy).next()
+
+
+def test_images_whose_header_changed_are_marked(emoji_copy):
+    clean = reader(emoji_copy).read(0)
+    assert not clean.broken.any()
+    tar = emoji_copy / "00000.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    shard_size = open_dataset(emoji_copy).shards[0].samples
+    batches = [reader(emoji_copy).read(index) for index in range(23)]
+    for batch in batches:
+        assert ((batch.samples < shard_size) == batch.broken.astype(bool)).all()
+
+
+@pytest.mark.parametrize("suffix", ["samples", "captions"])
+def test_damaged_sidecars_are_refused(emoji_copy, suffix):
+    path = emoji_copy / f"00002.{suffix}"
+    content = path.read_bytes()
+    damages = {
+        "size in bytes": content[:-2],
+        "does not begin with": b"X" + content[1:],
+        "format version": content[:8] + b"\x09" + content[9:],
+        "its header alone": content[:20],
+    }
+    for message, damaged in damages.items():
+        path.write_bytes(damaged)
+        broken = reader(emoji_copy)
+        with pytest.raises(RuntimeError, match=message) as error:
+            for index in range(24):
+                broken.read(index)
+        assert str(path) in str(error.value)
+
+
+def test_contradicting_options_are_refused():
+    for values, message in (
+        ({"world_size": 3}, "multiple of world_size"),
+        ({"rank": 1}, "rank must be below world_size"),
+        ({"captions": "weights", "weights": [1.0]}, "one weight for each"),
+        ({"context_length": 2}, "context_length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reader(**values)
+    with pytest.raises(ValueError, match="expected uniform, weights, original or multi"):
+        reader(captions="all")

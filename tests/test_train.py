@@ -1,0 +1,313 @@
+"""The main job as users run it: real launcher, real ranks, the embedded data, a tiny model."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+TINY = [
+    *(
+        "model.embed_dim=32",
+        "model.vision.width=32",
+        "model.vision.depth=1",
+        "model.vision.heads=2",
+    ),
+    *("model.text.width=32", "model.text.depth=1", "model.text.heads=2"),
+    *("train.epochs=0", "train.steps=8", "train.global_batch_size=32", "checkpoint.every_steps=4"),
+    *("optimizer.warmup_epochs=0", "log.tensorboard=false", "evaluation.tasks={}"),
+]
+
+
+def environment():
+    import torch
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    if not torch.cuda.is_available():
+        env["DS_ACCELERATOR"] = "cpu"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    return env
+
+
+def arguments(folder, *overrides, stage=1, extra=()):
+    settings = [f"run.folder={folder}", *TINY, *overrides]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    json_file = f"configs/deepspeed/zero{stage}.json"
+    return ["laclip/train.py", "--deepspeed_config", json_file, *extra, *sets]
+
+
+def run(words, ranks=1, launcher=False, check=True):
+    """Run the job; plain processes with the launcher's variables start 6 s sooner."""
+    if launcher:
+        command = [
+            BIN / "deepspeed",
+            "--num_gpus",
+            str(ranks),
+            "--master_port",
+            free_port(),
+            *words,
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+        )
+        code, output = done.returncode, done.stdout + done.stderr
+    else:
+        port = free_port()
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *words],
+                cwd=ROOT,
+                env=environment()
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        code, output = max(p.returncode for p in processes), "\n".join(outputs)
+    if check:
+        assert code == 0, output
+    return code, output
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [record["loss"] for record in metrics(folder)]
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The losses of eight steps on one rank, without a stop."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    run(arguments(folder))
+    assert status(folder)["state"] == "finished"
+    assert [record["step"] for record in metrics(folder)] == list(range(8))
+    return folder
+
+
+def test_the_launchers_two_ranks_give_the_losses_of_one(straight, tmp_path):
+    _, output = run(arguments(tmp_path / "two"), ranks=2, launcher=True)
+    assert losses(tmp_path / "two") == pytest.approx(losses(straight), abs=1e-4)
+    assert "2 CPU rank(s)" in output or "CUDA" in output
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_stages_give_the_losses_of_stage_1(straight, tmp_path, stage):
+    run(arguments(tmp_path / "run", "train.steps=8", stage=stage), ranks=2)
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=1e-4)
+
+
+def test_micro_batches_give_the_losses_and_norms_of_the_whole_batch(straight, tmp_path):
+    run(arguments(tmp_path / "run", "train.micro_batch_size=8"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=1e-5)
+    norms = [record["gradient_norm"] for record in metrics(tmp_path / "run")]
+    expected = [record["gradient_norm"] for record in metrics(straight)]
+    assert norms == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_stopped_and_resumed_run_gives_the_losses_of_one_without_a_stop(straight, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, *arguments(folder)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    stopped = status(folder)
+    if stopped["state"] == "finished":
+        pytest.fail("the run ended before the signal came: give it more steps")
+    assert stopped["state"] == "resumable" and stopped["reason"] == "stopped by SIGINT"
+    assert f"--resume {folder}" in output
+    assert 0 < stopped["step"] < 8
+    words = ["laclip/train.py", "--deepspeed_config", "configs/deepspeed/zero1.json"]
+    run([*words, "--resume", str(folder)])
+    assert losses(folder) == losses(straight)
+    assert status(folder)["state"] == "finished"
+
+
+def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(straight, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, *arguments(folder)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "step_00000004" / "manifest.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    _, output = run(arguments(folder))
+    assert "going on at step" in output
+    assert losses(folder) == losses(straight)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(straight, tmp_path):
+    folder = tmp_path / "run"
+    run(arguments(folder))
+    (folder / "status.json").write_text(json.dumps({"state": "running"}))
+    newest = folder / "checkpoints" / "step_00000008"
+    victim = next(newest.glob("*model_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    _, output = run(arguments(folder))
+    assert f"passing over the damaged checkpoint '{newest}': {victim.name}" in output
+    assert "going on at step 4" in output
+    assert losses(folder) == losses(straight)
+
+
+def test_a_finished_run_is_kept_when_it_is_run_again(tmp_path):
+    folder = tmp_path / "run"
+    run(arguments(folder, "train.steps=2"))
+    first = (folder / "metrics.jsonl").read_text()
+    _, output = run(arguments(folder, "train.steps=3"))
+    assert f"is kept as '{folder}.1'" in output
+    assert (tmp_path / "run.1" / "metrics.jsonl").read_text() == first
+    assert len(metrics(folder)) == 3
+
+
+def test_an_unfinished_run_of_another_config_is_refused(straight, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text((straight / "config.toml").read_text())
+    (folder / "status.json").write_text(json.dumps({"state": "resumable", "step": 4}))
+    code, output = run(arguments(folder, "optimizer.lr=0.5"), check=False)
+    assert code == 2
+    assert "optimizer.lr: 0.001 -> 0.5" in output and "Traceback" not in output
+
+
+def test_changed_data_is_refused_on_resume(emoji_copy, tmp_path):
+    folder = tmp_path / "run"
+    data = f"data.train=['{emoji_copy}']"
+    run(arguments(folder, data, "train.steps=2"))
+    (folder / "status.json").write_text(json.dumps({"state": "running"}))
+    manifest = json.loads((emoji_copy / "dataset.json").read_text())
+    manifest["shards"] = manifest["shards"][:2]
+    (emoji_copy / "dataset.json").write_text(json.dumps(manifest))
+    code, output = run(arguments(folder, data, "train.steps=2"), check=False)
+    assert code == 2
+    assert "was trained on other data" in output and "Traceback" not in output
+
+
+def test_bad_images_on_one_rank_are_replaced_on_all(emoji_copy, tmp_path):
+    from laclip.dataset import open_dataset
+
+    record = open_dataset(emoji_copy).samples(0).records[3]
+    with (emoji_copy / "00000.tar").open("r+b") as file:
+        file.seek(int(record["offset"]) + 2)
+        file.write(bytes(int(record["bytes"]) - 2))
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path / f"{ranks}"
+        run(
+            arguments(folder, f"data.train=['{emoji_copy}']", "train.steps=0", "train.epochs=1"),
+            ranks=ranks,
+        )
+        found[ranks] = losses(folder)
+        (line,) = (folder / "bad_samples.jsonl").read_text().splitlines()
+        assert json.loads(line)["sample"] == 3
+        assert metrics(folder)[-1]["bad_samples"] == 1
+    assert found[1] == pytest.approx(found[2], abs=1e-4)
+
+
+def test_evaluation_of_two_ranks_equals_that_of_one(tmp_path):
+    tasks = (
+        'evaluation.tasks={v={data="examples/emoji/unseen_vendor"},'
+        'p={data="examples/emoji/unseen_phrasing",direction="text_to_image"}}'
+    )
+    scores = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        run(arguments(folder, "train.steps=2", tasks), ranks=ranks)
+        scores[ranks] = json.loads((folder / "scores.json").read_text())
+    assert scores[1]["v"].keys() >= {"top1", "top5", "chance", "n"}
+    assert scores[1]["p"].keys() >= {"recall_at_1", "recall_at_5", "chance", "n"}
+    for name, score in scores[1].items():
+        # One image more or less where two similarities differ by rounding.
+        assert scores[2][name] == pytest.approx(score, abs=1.5 / score["n"])
+    page = (tmp_path / "1" / "report.html").read_text()
+    assert "<svg" in page and "data:image" in page and "recall at 1" in page
+
+
+BAD_INPUT = {
+    "unknown key": (["optimizer.lrr=1"], "did you mean 'lr'"),
+    "missing dataset": (["data.train=['nowhere']"], "nowhere"),
+    "no dataset": (["data.train=[]"], "data.train: no dataset given"),
+    "micro batch": (["train.micro_batch_size=5"], "5 does not divide the 32 samples"),
+    "patch size": (["model.vision.patch_size=7"], "model.vision.image_size"),
+    "missing weights": (["model.weights=none.pt"], "none.pt"),
+    "no steps": (["train.steps=0"], "make no step"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_mistakes_end_with_code_2_and_a_message(name, tmp_path):
+    overrides, message = BAD_INPUT[name]
+    code, output = run(arguments(tmp_path / "run", *overrides), check=False)
+    assert code == 2
+    assert re.search(r"^laclip: ", output, re.MULTILINE)
+    assert message in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "the optimizer and its schedule are set in the TOML"),
+        ({"train_batch_size": 77}, "train_batch_size is 77, but train.global_batch_size"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but optimizer.clip_norm"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is True, but train.precision"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_json_that_disagrees_is_refused(content, message, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    words = arguments(tmp_path / "run")
+    words[2] = str(path)
+    code, output = run(words, check=False)
+    assert code == 2
+    assert message in output and str(path) in output and "Traceback" not in output
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_once(tmp_path):
+    code, output = run(arguments(tmp_path / "r", "train.global_batch_size=33"), 2, check=False)
+    assert code == 2
+    assert output.count("33 does not divide by the 2 ranks; the next that does: 34") == 1
+
+
+def test_the_launcher_passes_on_the_code_of_a_mistake(tmp_path):
+    words = arguments(tmp_path / "run", "optimizer.lrr=1")
+    code, output = run(words, launcher=True, check=False)
+    assert code == 2
+    assert "laclip: --set" not in output and "did you mean 'lr'" in output
