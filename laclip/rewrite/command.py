@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
     }
     with locked(args.out):
         open_folder(args.out, job)
-        plan = Plan(args.out, args.model, args.seed, sampling.prompts, args.reject_invented)
+        name = Path(args.model).name if args.engine == "transformers" else args.model
+        plan = Plan(args.out, name, args.seed, sampling.prompts, args.reject_invented)
         set_aside = _rewrite(shards, plan, args, sampling)
         print(_conclude(args.out, shards, set_aside))
     return 1 if set_aside else 0

@@ -45,7 +45,9 @@ def tidy(answer: str) -> str:
     """An answer without what models put around it: blanks and a pair of quotes."""
     text = answer.strip()
     if len(text) > 1 and text[0] + text[-1] in ('""', "''", "“”", "‘’", "``"):
-        text = text[1:-1].strip()
+        inside = text[1:-1]
+        if text[0] not in inside and text[-1] not in inside:
+            text = inside.strip()
     return text
 
 

@@ -168,7 +168,8 @@ class _Shard:
                 seen.add(key)
                 if number in self.done:
                     continue
-                examples, seed = [], self.plan.seed
+                examples: list[tuple[str, str]] = []
+                seed = self.plan.seed
                 if unfit(caption):
                     request = Request(self, number, key, caption, examples, seed)
                     self._write(request, Answer(""), "unfit")
@@ -208,8 +209,12 @@ class _Shard:
         if reason:
             entry["reason"] = reason
         line = as_line(entry)
-        if self.file.write(line) != len(line):
-            raise OSError(28, "No space left on device", str(self.part))
+        try:
+            while line:  # a disk that fills takes a part, and fails on the rest
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            error.filename = str(self.part)
+            raise
         now = time.monotonic()
         if now - self.synced > SYNC_SECONDS:
             os.fsync(self.file.fileno())
@@ -230,7 +235,7 @@ class _Shard:
         entries = sorted((entry for entry, _ in read_lines(self.part)), key=lambda e: e["n"])
         reasons = Counter(entry["reason"] for entry in entries if "reason" in entry)
         plan, prompts = self.plan, self.plan.prompts
-        made = {"model": plan.model, "prompts": prompts.name if prompts else None}
+        made: dict[str, Any] = {"model": plan.model, "prompts": prompts.name if prompts else None}
         made["seed"] = plan.seed
         folders = {True: plan.folder / "rejects", False: plan.folder / "shards"}
         for rejected, folder in folders.items():  # rewrites last: with them the shard is finished

@@ -30,6 +30,7 @@ class LocalModel:
                 "--engine transformers needs the package transformers. Run: "
                 "pip install 'laclip[rewrite]'"
             ) from None
+        transformers.utils.logging.disable_progress_bar()  # they would break the run's own line
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"--model {path}: no such folder or .gguf file")
@@ -39,9 +40,13 @@ class LocalModel:
         place: dict[str, Any] = {"local_files_only": True}
         if path.suffix == ".gguf":
             place["gguf_file"] = path.name
+            if hasattr(transformers, "GgufConfig"):  # earlier releases unpack the weights anyway
+                place["quantization_config"] = transformers.GgufConfig(dequantize=True)
         folder = str(path.parent if path.suffix == ".gguf" else path)
         try:
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **place)
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                folder, **{k: v for k, v in place.items() if k != "quantization_config"}
+            )
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, **place
             )

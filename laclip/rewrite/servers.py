@@ -9,7 +9,6 @@ import json
 import os
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
