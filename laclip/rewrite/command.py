@@ -26,6 +26,7 @@ from laclip.rewrite.job import (
     rewrite_shards,
     whole_file,
 )
+from laclip.rewrite.page import write_page
 from laclip.rewrite.progress import Progress
 from laclip.rewrite.prompts import BUILT_IN, load_prompts
 
@@ -38,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".jsonl, .csv, .parquet (key and caption), .txt (lines)",
     )
     parser.add_argument("out", type=Path, help="the run's folder; an unfinished run goes on")
+    parser.add_argument(
+        "--method",
+        choices=("llm", "eda"),
+        default="llm",
+        help="llm: a language model (default); eda: the paper's baseline, words changed by "
+        "WordNet's synonyms, insertion, swap and deletion",
+    )
     parser.add_argument(
         "--engine",
         choices=("openai", "transformers"),
@@ -85,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=16, help="of the engine transformers (default: 16)"
     )
     parser.add_argument(
+        "--wordnet",
+        type=Path,
+        default=Path("/usr/share/wordnet"),
+        metavar="FOLDER",
+        help="for --method eda: WordNet's files (default: Debian's wordnet-base)",
+    )
+    parser.add_argument(
         "--dry-run",
         type=int,
         nargs="?",
@@ -103,10 +118,28 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run is not None:
         _print_prompts(shards, sampling, args.seed, args.dry_run)
         return 0
-    job = {
+    job: dict[str, Any] = {
         "format": "laclip-rewrites 1",
         "captions": str(args.captions.resolve()),
         "files": fingerprint(shards),
+        "method": args.method,
+        "seed": args.seed,
+        "reject_invented": args.reject_invented,
+    }
+    plan = Plan(args.out, args.method, args.seed, None, args.reject_invented)
+    if args.method == "llm":
+        job |= _model_settings(args, sampling)
+        name = Path(args.model).name if args.engine == "transformers" else args.model
+        plan = Plan(args.out, name, args.seed, sampling.prompts, args.reject_invented)
+    with locked(args.out):
+        open_folder(args.out, job)
+        set_aside = _rewrite(shards, plan, args, sampling)
+        print(_conclude(args.out, shards, set_aside))
+    return 1 if set_aside else 0
+
+
+def _model_settings(args: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
+    return {
         "engine": args.engine,
         "model": args.model,
         "prompts": [sampling.prompts.name, sampling.prompts.fingerprint],
@@ -114,24 +147,16 @@ def run(args: argparse.Namespace) -> int:
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_tokens": args.max_tokens,
-        "seed": args.seed,
-        "reject_invented": args.reject_invented,
     }
-    with locked(args.out):
-        open_folder(args.out, job)
-        name = Path(args.model).name if args.engine == "transformers" else args.model
-        plan = Plan(args.out, name, args.seed, sampling.prompts, args.reject_invented)
-        set_aside = _rewrite(shards, plan, args, sampling)
-        print(_conclude(args.out, shards, set_aside))
-    return 1 if set_aside else 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.engine == "openai" and not args.server and args.dry_run is None:
+    asks = args.method == "llm" and args.dry_run is None
+    if asks and args.engine == "openai" and not args.server:
         raise ValueError("--engine openai needs --server URL, such as http://localhost:8000/v1")
-    if args.engine == "transformers" and args.server:
+    if args.server and (args.engine == "transformers" or args.method == "eda"):
         raise ValueError("--server belongs to --engine openai")
-    if not args.model and args.dry_run is None:
+    if asks and not args.model:
         raise ValueError("--model is missing: a server's name of it, a folder or a .gguf file")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: expected 0 to 2^63 - 1")
@@ -143,6 +168,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _build_engine(args: argparse.Namespace, sampling: Sampling) -> Any:
+    if args.method == "eda":
+        from laclip.rewrite.wordnet import EasyAugmentation
+
+        return EasyAugmentation(args.wordnet)
     if args.engine == "transformers":
         from laclip.rewrite.local_model import LocalModel
 
@@ -186,6 +215,7 @@ def _conclude(folder: Path, shards: list[CaptionShard], set_aside: list[dict]) -
                 shutil.copyfileobj(part, out, 1 << 20)
     with whole_file(folder / "set_aside.json") as out:
         out.write(json.dumps(set_aside, indent=2).encode() + b"\n")
+    page = write_page(folder, done)
     captions = sum(entry["captions"] for entry in done)
     accepted = sum(entry["accepted"] for entry in done)
     lines = [
@@ -203,6 +233,7 @@ def _conclude(folder: Path, shards: list[CaptionShard], set_aside: list[dict]) -
         lines.append(f"  set aside: {result['shard']}: {result['problem']}")
     if set_aside:
         lines.append("  Run the same command again to try the shards that were set aside.")
+    lines.append(f"  samples and figures: {page}")
     lines.append(f"  laclip tokenize FOLDER --rewrites NAME={folder / 'rewrites.jsonl'}")
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ In the folder of a run:
     finished.jsonl          a line for every finished shard, with its counts
     set_aside.json          shards that the last run could not finish, and why
     rewrites.jsonl          the rewrites of all finished shards: what `laclip tokenize` takes
+    report.html             figures and samples
 """
 
 import fcntl
@@ -25,7 +26,7 @@ from typing import Any, BinaryIO
 from laclip.rewrite.captions import CaptionShard
 from laclip.rewrite.engine import Answer, Request
 from laclip.rewrite.filters import reject, tidy, unfit
-from laclip.rewrite.prompts import PromptSet
+from laclip.rewrite.prompts import PromptSet, draw_words
 
 SYNC_SECONDS = 1.0  # of work that a power cut may cost; a kill costs none
 
@@ -35,10 +36,16 @@ class Plan:
     """What is done to each caption, whatever the engine."""
 
     folder: Path
-    model: str
+    model: str  # or the method that needs none
     seed: int
     prompts: PromptSet | None = None  # of a language model
     invented: bool = False  # reject numbers and names that the original does not have
+
+    def draw(self, key: str) -> tuple[list[tuple[str, str]], int]:
+        """The examples and the seed of a caption."""
+        if self.prompts is not None:
+            return self.prompts.draw(key, self.seed)
+        return [], draw_words(key, self.model, self.seed)[3] >> 33
 
 
 def open_folder(folder: Path, job: dict[str, Any]) -> None:
@@ -168,16 +175,12 @@ class _Shard:
                 seen.add(key)
                 if number in self.done:
                     continue
-                examples: list[tuple[str, str]] = []
-                seed = self.plan.seed
+                request = Request(self, number, key, caption, *self.plan.draw(key))
                 if unfit(caption):
-                    request = Request(self, number, key, caption, examples, seed)
                     self._write(request, Answer(""), "unfit")
                     continue
-                if self.plan.prompts is not None:
-                    examples, seed = self.plan.prompts.draw(key, self.plan.seed)
                 self.waiting += 1
-                yield Request(self, number, key, caption, examples, seed)
+                yield request
         except (ValueError, OSError) as error:
             self.problem = str(error)
         self.all_read = True

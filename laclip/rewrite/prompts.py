@@ -40,7 +40,7 @@ class PromptSet:
         Both are a function of the set, the caption's key and the run's seed alone; the pairs are
         drawn without replacement.
         """
-        words = _native.philox([_hash(key), _hash(self.name), _STREAM, 0], seed, 0)
+        words = draw_words(key, self.name, seed)
         left = list(self.pairs)
         chosen = [left.pop(word * len(left) >> 64) for word in words[:EXAMPLES]]
         return chosen, words[3] >> 33
@@ -58,6 +58,11 @@ class PromptSet:
             chat.append({"role": "user", "content": source})
             chat.append({"role": "assistant", "content": target})
         return [*chat, {"role": "user", "content": clean(caption)}]
+
+
+def draw_words(key: str, name: str, seed: int) -> list[int]:
+    """Four random words of 64 bits for a caption, of the run's seed and a set or method."""
+    return _native.philox([_hash(key), _hash(name), _STREAM, 0], seed, 0)
 
 
 def clean(caption: str) -> str:
