@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from laclip.rewrite.captions import CaptionShard, fingerprint, open_captions
-from laclip.rewrite.engine import Request, Sampling
+from laclip.rewrite.cluster import rewrite_on_ray
+from laclip.rewrite.engine import EngineSettings, Request, Sampling, build_engine
 from laclip.rewrite.filters import REASONS
 from laclip.rewrite.job import (
     Plan,
@@ -93,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=16, help="of the engine transformers (default: 16)"
     )
     parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="run the shards on a Ray cluster (RAY_ADDRESS, or a local one); captions and OUT "
+        "must be on a file system that every node sees",
+    )
+    parser.add_argument(
         "--wordnet",
         type=Path,
         default=Path("/usr/share/wordnet"),
@@ -131,9 +138,19 @@ def run(args: argparse.Namespace) -> int:
         job |= _model_settings(args, sampling)
         name = Path(args.model).name if args.engine == "transformers" else args.model
         plan = Plan(args.out, name, args.seed, sampling.prompts, args.reject_invented)
+    local = args.engine == "transformers"
+    settings = EngineSettings(
+        args.engine if args.method == "llm" else args.method,
+        sampling,
+        str(Path(args.model).resolve()) if local else args.model,
+        tuple(args.server),
+        args.in_flight,
+        args.batch_size,
+        args.wordnet.resolve(),
+    )
     with locked(args.out):
         open_folder(args.out, job)
-        set_aside = _rewrite(shards, plan, args, sampling)
+        set_aside = _rewrite(shards, plan, settings, args.ray)
         print(_conclude(args.out, shards, set_aside))
     return 1 if set_aside else 0
 
@@ -167,22 +184,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is at least 1")
 
 
-def _build_engine(args: argparse.Namespace, sampling: Sampling) -> Any:
-    if args.method == "eda":
-        from laclip.rewrite.wordnet import EasyAugmentation
-
-        return EasyAugmentation(args.wordnet)
-    if args.engine == "transformers":
-        from laclip.rewrite.local_model import LocalModel
-
-        return LocalModel(args.model, sampling, batch_size=args.batch_size)
-    from laclip.rewrite.servers import Servers
-
-    return Servers(args.server, args.model, sampling, in_flight=args.in_flight)
-
-
 def _rewrite(
-    shards: list[CaptionShard], plan: Plan, args: argparse.Namespace, sampling: Sampling
+    shards: list[CaptionShard], plan: Plan, settings: EngineSettings, ray: bool
 ) -> list[dict]:
     """Do what earlier runs left; returns the shards that could not be finished."""
     finished = read_finished(plan.folder)
@@ -194,13 +197,16 @@ def _rewrite(
     left = [shard for shard in shards if shard.name not in finished]
     set_aside = []
     if left:
-        engine = _build_engine(args, sampling)
-        for result in rewrite_shards(left, plan, engine, progress.answer):
+        if ray:
+            results = rewrite_on_ray(left, plan, settings)
+        else:
+            results = rewrite_shards(left, plan, build_engine(settings), progress.answer)
+        for result in results:
             if "problem" in result:
                 set_aside.append(result)
                 continue
             record_finished(plan.folder, result)
-            progress.shards_done += 1
+            progress.finished(result, answered=not ray)
     progress.close()
     return set_aside
 

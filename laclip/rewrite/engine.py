@@ -1,6 +1,7 @@
-"""What every engine takes and gives."""
+"""What every engine takes and gives, and which there are."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from laclip.rewrite.prompts import PromptSet
@@ -49,3 +50,32 @@ class Sampling:
 def first_line(text: str) -> str:
     """The paper's answer: the completion up to the next line end."""
     return text.split("\n", 1)[0]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Which engine, and what it needs; a worker on another machine builds it from this."""
+
+    engine: str  # openai | transformers | eda
+    sampling: Sampling
+    model: str = ""
+    servers: tuple[str, ...] = ()
+    in_flight: int = 64
+    batch_size: int = 16
+    wordnet: Path = Path()
+
+
+def build_engine(settings: EngineSettings) -> Any:
+    """An engine: answers(requests) gives (request, answer) pairs, in any order."""
+    if settings.engine == "eda":
+        from laclip.rewrite.wordnet import EasyAugmentation
+
+        return EasyAugmentation(settings.wordnet)
+    if settings.engine == "transformers":
+        from laclip.rewrite.local_model import LocalModel
+
+        return LocalModel(settings.model, settings.sampling, batch_size=settings.batch_size)
+    from laclip.rewrite.servers import Servers
+
+    servers = list(settings.servers)
+    return Servers(servers, settings.model, settings.sampling, in_flight=settings.in_flight)

@@ -105,14 +105,15 @@ def rewrite_shards(
     shards: Iterable[CaptionShard],
     plan: Plan,
     engine: Any,
-    on_answer: Callable[[bool, int], None] = lambda accepted, tokens: None,
+    on_answer: Callable[[bool, int | None], None] = lambda accepted, tokens: None,
 ) -> Iterator[dict]:
     """Rewrite the captions of shards, and yield each shard's counts as it ends.
 
     engine: has answers(requests) -> (request, answer) pairs in any order. The captions of the next
     shards are on their way before a shard ends, so that an engine never runs dry. A shard that
     cannot be read or has a caption without an answer yields {"shard", "problem"}: its part stays,
-    and the next run asks for what is missing. on_answer(accepted, tokens) is told of each caption.
+    and the next run asks for what is missing. on_answer(accepted, tokens) is told of each
+    caption; of one that an earlier run did, with None.
     """
     ended: list[_Shard] = []
 
@@ -158,7 +159,7 @@ class _Shard:
         for entry, size in read_lines(self.part):
             self.done.add(entry["n"])
             whole += size
-            on_answer("reason" not in entry, 0)
+            on_answer("reason" not in entry, None)
         self.file.truncate(whole)  # a line that was cut off
         self.waiting, self.all_read, self.problem = 0, False, ""
         self.captions = self.duplicates = 0

@@ -15,11 +15,13 @@ class Progress:
         self.shown = 0.0
         self.on = sys.stderr.isatty()
 
-    def answer(self, accepted: bool, tokens: int) -> None:
+    def answer(self, accepted: bool, tokens: int | None) -> None:
+        """One caption; tokens is None for what an earlier run did."""
         self.captions += 1
         self.accepted += accepted
-        self.tokens += tokens
-        self.fresh += 1
+        if tokens is not None:
+            self.tokens += tokens
+            self.fresh += 1
         self._show()
 
     def earlier(self, entry: dict) -> None:
@@ -27,6 +29,16 @@ class Progress:
         self.captions += entry["accepted"] + sum(entry["rejected"].values())
         self.accepted += entry["accepted"]
         self.shards_done += 1
+
+    def finished(self, entry: dict, answered: bool) -> None:
+        """A shard of this run has ended; `answered` where each answer was told before."""
+        if not answered:
+            self.earlier(entry)
+            self.fresh += entry["captions"] - entry["duplicate_keys"]
+            self.tokens += entry["tokens"]
+            self._show()
+        else:
+            self.shards_done += 1
 
     def _show(self) -> None:
         now = time.monotonic()
