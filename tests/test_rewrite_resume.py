@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pyarrow.parquet
 import pytest
 
 from laclip.cli import main
@@ -132,6 +133,14 @@ def test_a_finished_run_asks_for_nothing_when_it_is_started_again(server, captio
     before, asked = results(out), server.asked.total()
     assert main(words(captions, out, server)) == 0
     assert (results(out), server.asked.total()) == (before, asked)
+
+
+def test_parquet_holds_what_jsonl_holds(server, captions, tmp_path):
+    out = tmp_path / "out"
+    assert main(words(captions, out, server)) == 0
+    assert main(words(captions, out, server, "--parquet")) == 0
+    lines = [json.loads(line) for line in (out / "rewrites.jsonl").open()]
+    assert pyarrow.parquet.read_table(out / "rewrites.parquet").to_pylist() == lines
 
 
 def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(server, captions, tmp_path):

@@ -22,6 +22,7 @@ def folder():
     inside = CACHE / "usr" / "share" / "wordnet"
     if not inside.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["apt-get", "update", "-q"], check=True)
         subprocess.run(["apt-get", "download", "wordnet-base"], cwd=CACHE, check=True)
         (package,) = CACHE.glob("*.deb")
         subprocess.run(["dpkg", "-x", package, CACHE], check=True)

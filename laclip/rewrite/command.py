@@ -23,6 +23,7 @@ from laclip.rewrite.job import (
     locked,
     open_folder,
     read_finished,
+    read_lines,
     record_finished,
     rewrite_shards,
     whole_file,
@@ -42,10 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="the run's folder; an unfinished run goes on")
     parser.add_argument(
         "--method",
-        choices=("llm", "eda"),
+        choices=("llm", "eda", "backtranslate"),
         default="llm",
-        help="llm: a language model (default); eda: the paper's baseline, words changed by "
-        "WordNet's synonyms, insertion, swap and deletion",
+        help="llm: a language model (default); the paper's baselines: eda, words changed by "
+        "WordNet's synonyms, insertion, swap and deletion; backtranslate, into another language "
+        "and back by Apertium",
     )
     parser.add_argument(
         "--engine",
@@ -94,6 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=16, help="of the engine transformers (default: 16)"
     )
     parser.add_argument(
+        "--parquet", action="store_true", help="write rewrites.parquet in place of rewrites.jsonl"
+    )
+    parser.add_argument(
         "--ray",
         action="store_true",
         help="run the shards on a Ray cluster (RAY_ADDRESS, or a local one); captions and OUT "
@@ -105,6 +110,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("/usr/share/wordnet"),
         metavar="FOLDER",
         help="for --method eda: WordNet's files (default: Debian's wordnet-base)",
+    )
+    parser.add_argument(
+        "--through",
+        default="spa",
+        metavar="LANGUAGE",
+        help="for --method backtranslate: Apertium's name of it (default: spa, Spanish; "
+        "Debian's apertium-eng-spa)",
     )
     parser.add_argument(
         "--dry-run",
@@ -133,7 +145,9 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "reject_invented": args.reject_invented,
     }
-    plan = Plan(args.out, args.method, args.seed, None, args.reject_invented)
+    name = f"backtranslate {args.through}" if args.method == "backtranslate" else args.method
+    job |= {"through": args.through} if args.method == "backtranslate" else {}
+    plan = Plan(args.out, name, args.seed, None, args.reject_invented)
     if args.method == "llm":
         job |= _model_settings(args, sampling)
         name = Path(args.model).name if args.engine == "transformers" else args.model
@@ -147,11 +161,12 @@ def run(args: argparse.Namespace) -> int:
         args.in_flight,
         args.batch_size,
         args.wordnet.resolve(),
+        args.through,
     )
     with locked(args.out):
         open_folder(args.out, job)
         set_aside = _rewrite(shards, plan, settings, args.ray)
-        print(_conclude(args.out, shards, set_aside))
+        print(_conclude(args.out, shards, set_aside, args.parquet))
     return 1 if set_aside else 0
 
 
@@ -171,7 +186,7 @@ def _check(args: argparse.Namespace) -> None:
     asks = args.method == "llm" and args.dry_run is None
     if asks and args.engine == "openai" and not args.server:
         raise ValueError("--engine openai needs --server URL, such as http://localhost:8000/v1")
-    if args.server and (args.engine == "transformers" or args.method == "eda"):
+    if args.server and (args.engine == "transformers" or args.method != "llm"):
         raise ValueError("--server belongs to --engine openai")
     if asks and not args.model:
         raise ValueError("--model is missing: a server's name of it, a folder or a .gguf file")
@@ -211,14 +226,36 @@ def _rewrite(
     return set_aside
 
 
-def _conclude(folder: Path, shards: list[CaptionShard], set_aside: list[dict]) -> str:
-    """Write rewrites.jsonl and set_aside.json; returns the counts as text."""
+def _merge(folder: Path, done: list[dict], parquet: bool) -> Path:
+    """Write the rewrites of finished shards as one file."""
+    path = folder / ("rewrites.parquet" if parquet else "rewrites.jsonl")
+    parts = [folder / "shards" / f"{entry['shard']}.jsonl" for entry in done]
+    with whole_file(path) as out:
+        if parquet:
+            import pyarrow
+            import pyarrow.parquet
+
+            names = ("key", "text", "source", "model", "prompts")
+            fields = [(name, pyarrow.string()) for name in names] + [("seed", pyarrow.int64())]
+            schema = pyarrow.schema(fields)
+            with pyarrow.parquet.ParquetWriter(out, schema, compression="zstd") as writer:
+                for part in parts:
+                    entries = [entry for entry, _ in read_lines(part)]
+                    writer.write_table(pyarrow.Table.from_pylist(entries, schema))
+        else:
+            for part in parts:
+                with open(part, "rb") as file:
+                    shutil.copyfileobj(file, out, 1 << 20)
+    return path
+
+
+def _conclude(
+    folder: Path, shards: list[CaptionShard], set_aside: list[dict], parquet: bool
+) -> str:
+    """Write what a run ends with; returns the counts as text."""
     finished = read_finished(folder)
     done = [finished[shard.name] for shard in shards if shard.name in finished]
-    with whole_file(folder / "rewrites.jsonl") as out:
-        for entry in done:
-            with open(folder / "shards" / f"{entry['shard']}.jsonl", "rb") as part:
-                shutil.copyfileobj(part, out, 1 << 20)
+    merged = _merge(folder, done, parquet)
     with whole_file(folder / "set_aside.json") as out:
         out.write(json.dumps(set_aside, indent=2).encode() + b"\n")
     page = write_page(folder, done)
@@ -240,7 +277,7 @@ def _conclude(folder: Path, shards: list[CaptionShard], set_aside: list[dict]) -
     if set_aside:
         lines.append("  Run the same command again to try the shards that were set aside.")
     lines.append(f"  samples and figures: {page}")
-    lines.append(f"  laclip tokenize FOLDER --rewrites NAME={folder / 'rewrites.jsonl'}")
+    lines.append(f"  laclip tokenize FOLDER --rewrites NAME={merged}")
     return "\n".join(lines)
 
 

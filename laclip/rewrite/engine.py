@@ -56,13 +56,14 @@ def first_line(text: str) -> str:
 class EngineSettings:
     """Which engine, and what it needs; a worker on another machine builds it from this."""
 
-    engine: str  # openai | transformers | eda
+    engine: str  # openai | transformers | eda | backtranslate
     sampling: Sampling
     model: str = ""
     servers: tuple[str, ...] = ()
     in_flight: int = 64
     batch_size: int = 16
     wordnet: Path = Path()
+    through: str = "spa"
 
 
 def build_engine(settings: EngineSettings) -> Any:
@@ -71,6 +72,10 @@ def build_engine(settings: EngineSettings) -> Any:
         from laclip.rewrite.wordnet import EasyAugmentation
 
         return EasyAugmentation(settings.wordnet)
+    if settings.engine == "backtranslate":
+        from laclip.rewrite.translation import BackTranslation
+
+        return BackTranslation(settings.through)
     if settings.engine == "transformers":
         from laclip.rewrite.local_model import LocalModel
 
