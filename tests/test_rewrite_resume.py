@@ -106,6 +106,17 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(server, c
     assert server.asked.total() <= SHARDS * (CAPTIONS - 2) + 16 * kills
 
 
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".job.json.tmp"], ["job.json"]])
+def test_a_run_that_was_killed_as_it_began_starts(left, server, captions, tmp_path):
+    assert main(words(captions, tmp_path / "whole", server)) == 0
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in left:
+        (out / name).write_bytes((tmp_path / "whole" / "job.json").read_bytes())
+    assert main(words(captions, out, server)) == 0
+    assert results(out) == results(tmp_path / "whole")
+
+
 def test_every_caption_is_counted_once_with_its_reason(server, captions, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(words(captions, out, server)) == 0

@@ -222,6 +222,9 @@ def test_an_unreadable_shard_is_set_aside_and_the_others_are_done(serve, tmp_pat
     folder.mkdir()
     (folder / "a.txt").write_text("a red door\n")
     (folder / "b.txt").write_bytes(b"a blue door\ncaf\xe9\n")
+    (folder / "c.txt").write_bytes(b"\xff\n")
     assert command(folder, tmp_path / "out", serve()) == 1
-    assert "set aside: b: " in (printed := capsys.readouterr().out) and "not UTF-8" in printed
+    printed = capsys.readouterr().out
+    assert "set aside: b: " in printed and "set aside: c: " in printed
+    assert printed.count("not UTF-8") == 2
     assert len((tmp_path / "out" / "rewrites.jsonl").read_text().splitlines()) == 1

@@ -183,6 +183,8 @@ def _model_settings(args: argparse.Namespace, sampling: Sampling) -> dict[str, A
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.method != "llm" and args.dry_run is not None:
+        raise ValueError("--dry-run prints prompts, which only --method llm has")
     asks = args.method == "llm" and args.dry_run is None
     if asks and args.engine == "openai" and not args.server:
         raise ValueError("--engine openai needs --server URL, such as http://localhost:8000/v1")

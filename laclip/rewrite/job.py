@@ -49,7 +49,7 @@ class Plan:
 
 
 def open_folder(folder: Path, job: dict[str, Any]) -> None:
-    """Make the run's folder, or check that what is there is the same run; raises ValueError."""
+    """Fill the run's folder, or check that what is there is the same run; raises ValueError."""
     path = folder / "job.json"
     if path.exists():
         try:
@@ -60,13 +60,13 @@ def open_folder(folder: Path, job: dict[str, Any]) -> None:
         if changed:
             told = "; ".join(f"{n}: {before.get(n)!r}, now {job[n]!r}" for n in changed)
             raise ValueError(f"{folder} holds another run ({told}). Name another folder")
-    elif folder.is_dir() and any(path for path in folder.iterdir() if path.name != ".lock"):
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder}: there are files in it, but no job.json. Name another folder")
-    for name in ("parts", "shards", "rejects"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     if not path.exists():
         with whole_file(path) as file:
             file.write(json.dumps(job, indent=2, ensure_ascii=False).encode() + b"\n")
+    for name in ("parts", "shards", "rejects"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -127,17 +127,13 @@ def rewrite_shards(
             if not work.waiting:
                 ended.append(work)
 
-    try:
-        for request, answer in engine.answers(requests()):
-            work = request.shard
-            work.take(request, answer)
-            if work.all_read and not work.waiting:
-                ended.append(work)
-            while ended:
-                yield ended.pop(0).end()
-    finally:
-        for work in ended:
-            work.close()
+    for request, answer in engine.answers(requests()):
+        work = request.shard
+        work.take(request, answer)
+        if work.all_read and not work.waiting:
+            ended.append(work)
+        while ended:
+            yield ended.pop(0).end()
     while ended:
         yield ended.pop(0).end()
 
