@@ -1,5 +1,7 @@
 """Each reason for which a rewrite is rejected, and rewrites that must pass."""
 
+from pathlib import Path
+
 import pytest
 
 from laclip.rewrite.filters import REASONS, reject, tidy, unfit
@@ -87,3 +89,8 @@ def test_captions_without_letters_are_unfit():
 def test_every_reason_that_is_given_is_explained():
     given = {reason for reason, _ in WRONG} | {"cut", "number", "name", "unfit", "refused"}
     assert given == set(REASONS)
+
+
+def test_every_reason_stands_in_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "rewriting.md").read_text()
+    assert all(f"| `{reason}` | {meaning} |" in text for reason, meaning in REASONS.items())

@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(server, c
             break
         kills += 1
         assert kills < 20
-    assert kills >= 3
+    assert kills >= 2
     assert results(out) == results(tmp_path / "whole")
     assert counts(out) == counts(tmp_path / "whole")
     assert not list((out / "parts").iterdir())

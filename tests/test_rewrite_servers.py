@@ -143,9 +143,9 @@ def test_many_requests_are_in_flight_at_once(serve):
     barrier = threading.Barrier(16)  # the server answers once 16 requests are there together
 
     def fault(number, caption):
-        barrier.wait(10)
+        barrier.wait(60)
 
-    answers = list(engine(serve(fault).url, in_flight=16, timeout_seconds=20).answers(requests(64)))
+    answers = list(engine(serve(fault).url, in_flight=16, timeout_seconds=99).answers(requests(64)))
     assert_each_answered_once(answers, 64)
 
 
