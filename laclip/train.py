@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+# DeepSpeed calls functions that torch has renamed.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 from laclip.checkpoint import (
     load_checkpoint,
