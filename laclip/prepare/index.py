@@ -171,6 +171,8 @@ def _report(folder: Path, found: list[dict]) -> str:
             entry[0] += times
     for reason, (times, first) in sorted(totals.items()):
         text += f"\n  {times} x {REASONS[reason]} (first: {first})"
+    if totals:
+        text += f"\n  all of them: laclip inspect {folder} --bad"
     others = sum(result["other_members"] for result in found)
     if others:
         text += f"\n  {others} files in the tars belong to no sample"

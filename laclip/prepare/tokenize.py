@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -397,7 +398,9 @@ def _write(path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, n
     # Before the rename: then a run that dies between the two finds either file and knows it.
     checksum = f"{int(header['checksum']):016x}"
     with open(path.parent / JOURNAL, "ab") as journal:
-        journal.write(f"{plan}\t{name}\t{checksum}\t.\n".encode())
+        journal.write(f"\n{plan}\t{name}\t{checksum}\t.\n".encode())  # \n: the last may be torn
+        journal.flush()
+        os.fsync(journal.fileno())
     write_whole(path, sealed)
     return checksum
 
