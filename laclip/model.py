@@ -444,8 +444,8 @@ def compile_blocks(model: CLIP) -> None:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for tower in (model.image, model.text):
         for block in tower.blocks:
-            block.before = torch.compile(block.before, fullgraph=True)
-            block.after = torch.compile(block.after, fullgraph=True)
+            block.before = torch.compile(block.before)
+            block.after = torch.compile(block.after)
 
 
 def load_weights(model: CLIP, path: str | Path) -> None:
