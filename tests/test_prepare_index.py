@@ -210,7 +210,7 @@ def test_keys_in_two_shards_are_counted(tmp_path, capsys):
     (tmp_path / "0.tar").write_bytes(tar_bytes(pairs("a", "b")))
     (tmp_path / "1.tar").write_bytes(tar_bytes(pairs("b", "c")))
     assert main(["index", str(tmp_path), "--jobs", "1"]) == 0
-    assert "1 keys occur more than once" in capsys.readouterr().out
+    assert "1 keys occur more than once (first: 0.tar: b and 1.tar: b)" in capsys.readouterr().out
 
 
 def test_decode_flags_what_has_a_whole_header_and_broken_pixels(tmp_path):

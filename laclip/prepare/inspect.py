@@ -24,8 +24,8 @@ from laclip.dataset import (
     Dataset,
     open_dataset,
 )
+from laclip.prepare.captions import BINS, MAX_BYTES, read_lengths
 from laclip.prepare.folder import write_whole
-from laclip.prepare.tokenize import BINS, MAX_BYTES, read_lengths
 from laclip.tokenizer import load_tokenizer
 
 SIZES = (0, 64, 128, 256, 512, 1024, 1 << 32)  # of the shorter side, for the summary
