@@ -3,8 +3,8 @@
     python benchmarks/dataset.py [index] [tokenize] [open]
 
 tokenize compares with Hugging Face tokenizers: put them on PYTHONPATH from an environment of their
-own. Records go to benchmarks/results/dataset.jsonl. Both sides run in turn on the same files, on one
-core, from the page cache; their results are checked to be equal first.
+own. Records go to benchmarks/results/dataset.jsonl. Both sides run in turn on the same files, on
+one core, from the page cache; their results are checked to be equal first.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def bench_tokenize(folder, rng):
     count = samples * (1 + len(variants))
     average = statistics.mean(len(text) for text in words(rng, 1000))
     shape = {"captions": count, "characters": round(average)}
-    size = sum((folder / f"00000.{kind}").stat().st_size for kind in ("samples", "captions"))
+    disk = sum((folder / f"00000.{k}").stat().st_size for k in ("samples", "captions")) / samples
     return [
         record(
             "tokenize", "laclip tokenize", shape, ours, count, "captions/s", disk=size / samples
