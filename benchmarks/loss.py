@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import ROOT, Case, Record, append, compare, load, table
+
 from laclip.kernels import clip_loss, siglip_loss
 
 Loss = Callable[..., torch.Tensor]

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import open_clip
 import torch
-from laclip.kernels import clip_loss
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from laclip.config import PRESETS, ModelConfig, TextConfig, VisionConfig
 from laclip.convert import to_laclip
+from laclip.kernels import clip_loss
 from laclip.model import build_model, compile_blocks, training_flops
 from laclip.optimizer import build_optimizer
 

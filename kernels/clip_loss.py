@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
 from laclip.kernels import chunked, reference
 from laclip.kernels.gather import GatheredFeatures, resolve
 from laclip.kernels.inputs import (
@@ -20,7 +22,6 @@ from laclip.kernels.inputs import (
     choose_implementation,
 )
 from laclip.kernels.products import full_precision, product
-from torch.autograd.function import once_differentiable
 
 
 def block_source(implementation: str, features: torch.Tensor) -> Any:

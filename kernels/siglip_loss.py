@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
 from laclip.kernels import chunked, reference
 from laclip.kernels.clip_loss import Problem, block_source
 from laclip.kernels.gather import GatheredFeatures, resolve
@@ -14,7 +16,6 @@ from laclip.kernels.inputs import (
     choose_implementation,
 )
 from laclip.kernels.products import full_precision, product
-from torch.autograd.function import once_differentiable
 
 
 def one_pass(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
 from laclip.kernels import clip_loss, reference, siglip_loss
 from laclip.kernels.clip_loss import Problem, backward_products, block_source, forward_sums
 from laclip.kernels.products import full_precision

@@ -8,10 +8,11 @@ from functools import lru_cache
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from laclip.kernels import triton_kernels as kernels
 from laclip.kernels.chunked import GAIN
 from laclip.kernels.launch_table import Tile, device_facts, sweep_splits, tile
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 SOFTMAX, ONLINE, SIGMOID = 0, 1, 2
 LN_2 = math.log(2.0)

@@ -10,15 +10,12 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
 from laclip.checkpoint import (
     load_checkpoint,
@@ -107,6 +104,10 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     if config.model.weights:
         load_weights(model, config.model.weights)
 
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls functions that torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed  # slow to import: mistakes are reported before
 
     deepspeed.init_distributed(

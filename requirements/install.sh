@@ -14,7 +14,7 @@ for candidate in ${SETUP_PYTHON:-python3.12 python3.11 python3.13 python3}; do
     break
   fi
 done
-[ -n "$python" ] || fail "needs Python 3.11, 3.12 or 3.13, found $(python3 --version 2>&1 || echo none)." \
+[ -n "$python" ] || fail "needs Python 3.11, 3.12 or 3.13, found $(python3 --version 2>/dev/null || echo none)." \
   "Install one, or name it: make train SETUP_PYTHON=/path/to/python3.12"
 command -v c++ >/dev/null || command -v g++ >/dev/null || fail \
   "needs a C++20 compiler, found neither c++ nor g++ on PATH (Debian: apt-get install g++)."

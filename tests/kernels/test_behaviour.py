@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+
 from laclip.kernels import clip_loss, reference, siglip_loss
 from laclip.kernels.testing import PUBLIC, gradients, inputs
 
