@@ -206,9 +206,7 @@ def bench_tokenize(folder, rng):
     shape = {"captions": count, "characters": round(average)}
     disk = sum((folder / f"00000.{k}").stat().st_size for k in ("samples", "captions")) / samples
     return [
-        record(
-            "tokenize", "laclip tokenize", shape, ours, count, "captions/s", disk=size / samples
-        ),
+        record("tokenize", "laclip tokenize", shape, ours, count, "captions/s", disk=disk),
         record("tokenize", "dict + HF tokenizers", shape, rival, count, "captions/s", disk=0.0),
     ]
 
