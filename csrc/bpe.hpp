@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -26,6 +27,8 @@ struct WordKey {
   }
 };
 inline constexpr std::size_t kWordPadding = 16;
+
+static_assert(std::endian::native == std::endian::little);  // the masks below
 
 inline WordKey make_key(const char* word, std::size_t bytes) {
   static constexpr auto kMasks = [] {

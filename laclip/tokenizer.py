@@ -5,9 +5,9 @@ clip/simple_tokenizer.py) for every Python string. `csrc/` does the work; `Refer
 its slow and obvious twin, which the tests hold it to.
 """
 
-import gzip
 import hashlib
 import itertools
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ def load_tokenizer(spec="clip"):
 
 
 def read_merges(path=VOCABULARY):
-    """The text of the vocabulary file, as bytes, checked against its known hash."""
+    """The merges in the vocabulary file, as bytes, its known hash checked."""
     try:
         packed = Path(path).read_bytes()
     except FileNotFoundError:
@@ -48,7 +48,8 @@ def read_merges(path=VOCABULARY):
             f"CLIP's vocabulary {path} has sha256 {found} ({len(packed)} bytes), expected "
             f"{VOCABULARY_SHA256}. Reinstall laclip, which carries it."
         )
-    return gzip.decompress(packed)
+    # CLIP uses the first fifth of the lines: 0.6 MB of 3.2, in 2 ms where all takes 13.
+    return zlib.decompressobj(wbits=31).decompress(packed, 600_000)
 
 
 def _as_strings(texts):

@@ -1,12 +1,16 @@
 """laclip.tokenizer: OpenAI's ids, and what its interface promises."""
 
+import gzip
 import json
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from laclip.tokenizer import ReferenceTokenizer, load_tokenizer
+import laclip._native as _native
+from laclip.tokenizer import VOCABULARY, ReferenceTokenizer, load_tokenizer, read_merges
 
 # Written by OpenAI's own SimpleTokenizer; the file says with which versions of its libraries.
 GOLDEN = json.loads((Path(__file__).parent / "data" / "clip_tokens.json").read_text())["cases"]
@@ -128,3 +132,50 @@ def test_fingerprint_fits_the_caption_store(tokenizer):
     assert tokenizer.fingerprint == load_tokenizer("clip").fingerprint
     assert tokenizer.fingerprint.startswith("clip:")
     assert len(tokenizer.fingerprint) == len("clip:") + 16
+
+
+def test_a_damaged_vocabulary_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        read_merges(tmp_path / "none.txt.gz")
+    cut = tmp_path / "cut.txt.gz"
+    cut.write_bytes(VOCABULARY.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=r"has sha256 [0-9a-f]{64} \(1356916 bytes\), expected 9246"
+    ):
+        read_merges(cut)
+    other = tmp_path / "other.txt.gz"
+    other.write_bytes(gzip.compress(gzip.decompress(VOCABULARY.read_bytes())))
+    with pytest.raises(ValueError, match="has sha256"):
+        read_merges(other)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["#version", "i n", "t h"], "line 4: missing, the file is cut"),
+        (["#version", "i n", "nonsense"], "line 3: not two symbols"),
+        (["#version", "i n", "in gone"], "line 3: symbol not made by a line above"),
+        (["#version", "i n", "i n"], "line 3: symbol made twice"),
+    ],
+)
+def test_merges_that_cannot_be_are_refused_by_line(lines, message):
+    with pytest.raises(ValueError, match=message):
+        _native.Bpe("\n".join(lines).encode())
+
+
+def test_other_threads_run_while_texts_are_encoded(tokenizer):
+    # At this interval a thread gets the interpreter only when another gives it up.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    ran, seen = [], []
+    try:
+        encode = ["ab" * 1_000_000]
+        worker = threading.Thread(
+            target=lambda: (tokenizer.encode_ragged(encode), seen.append(list(ran)))
+        )
+        worker.start()
+        ran.append(True)
+        worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert seen == [[True]]

@@ -110,6 +110,35 @@ def test_ordinary_sentences_need_no_library(tokenizer, text):
     assert tokenizer.encode(text) == through_libraries(tokenizer, text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "e\u0301",  # composes
+        "é\u0323",  # comes apart and composes anew
+        "ｅ\u0301",  # becomes e, then composes
+        "e\u0341",  # becomes a mark, then composes
+        "q\u0307\u0323",  # marks change places
+        "가\u11a8",  # Hangul composes by rule
+        "\u1100\u1161",
+        "\u0928\u093c",  # a nukta that composes
+        "ΑΣ ΑΣΑ",  # sigma by its place in the word
+        "İ",
+        "&lt；",  # an entity once its semicolon is narrow
+        "＆lt;",
+        "&‘",
+        "AT&T;",
+        "\ufeff&\ufefflt;",
+        "ﬁx ĳs ŉ",
+        "œ x",
+        "a Ã b",
+        "\x1b[1mx",
+    ],
+)
+def test_neighbours_that_matter_give_the_libraries_ids(tokenizer, text):
+    for around in (text, f"a {text} b", f"a{text}b", f"«{text}»"):
+        assert tokenizer.encode(around) == through_libraries(tokenizer, around)
+
+
 def test_an_unknown_ftfy_sends_all_but_ascii_through_it(tokenizer, monkeypatch):
     import ftfy
 

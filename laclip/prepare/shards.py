@@ -34,18 +34,18 @@ def run_shards(
     *,
     total: int,
     label: str,
+    unit: str = "shards",
     jobs: int = 1,
     ray: bool = False,
     weigh: Callable[[Any], tuple[float, str]] = lambda result: (1.0, "shards"),
-) -> list[Any]:
-    """`[function(*task) for task in tasks]`, in parallel, in order, with a line of progress.
+) -> Iterator[tuple[int, Any]]:
+    """(i, function(*task i)) of every task, in parallel, as they end, with a line of progress.
 
     `function` is a module-level function; there are `total` tasks; `weigh(result)` gives what the
     progress line adds up and its unit. The first exception stops the run: shards already done stay
     done.
     """
-    results: list[Any] = [None] * total
-    progress = _Progress(label, total)
+    progress = _Progress(label, total, unit)
     if ray:
         finished = _on_ray(function, tasks)
     elif jobs > 1 and total > 1:
@@ -53,10 +53,14 @@ def run_shards(
     else:
         finished = ((i, function(*task)) for i, task in enumerate(tasks))
     for index, result in finished:
-        results[index] = result
         progress.add(*weigh(result))
+        yield index, result
     progress.close()
-    return results
+
+
+def in_order(finished: Iterable[tuple[int, Any]]) -> list[Any]:
+    """The results of `run_shards` by the tasks' order."""
+    return [result for _, result in sorted(finished, key=lambda item: item[0])]
 
 
 def _on_processes(function, tasks, jobs: int) -> Iterator[tuple[int, Any]]:
@@ -125,8 +129,9 @@ def _on_ray(function, tasks) -> Iterator[tuple[int, Any]]:
 class _Progress:
     """One line on a terminal's stderr: shards done, rate, time left. Silent elsewhere."""
 
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.done, self.amount, self.unit = label, total, 0, 0.0, ""
+    def __init__(self, label: str, total: int, tasks: str):
+        self.label, self.total, self.tasks = label, total, tasks
+        self.done, self.amount, self.unit = 0, 0.0, ""
         self.begin = time.monotonic()
         self.shown = 0.0
         self.on = sys.stderr.isatty()
@@ -144,11 +149,11 @@ class _Progress:
         rate = self.amount / elapsed
         shown_rate = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}"
         sys.stderr.write(
-            f"\r{self.label}: {self.done}/{self.total} shards, {shown_rate} {self.unit}/s, "
+            f"\r{self.label}: {self.done}/{self.total} {self.tasks}, {shown_rate} {self.unit}/s, "
             f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left \x1b[K"
         )
         sys.stderr.flush()
 
     def close(self) -> None:
-        if self.on:
+        if self.on and self.total:
             sys.stderr.write("\n")

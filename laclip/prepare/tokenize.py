@@ -12,7 +12,7 @@ import importlib.metadata
 import itertools
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from laclip.prepare.folder import (
     write_manifest,
     write_whole,
 )
-from laclip.prepare.shards import add_run_arguments, run_shards
+from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 from laclip.prepare.sources import read_rewrites
 from laclip.prepare.store import TextStore, build_store
 from laclip.tokenizer import load_tokenizer
@@ -147,8 +147,10 @@ def tokenize(
     was cut off goes on where it stopped when it is started again with the same arguments.
     """
     rewrites = dict(rewrites or {})
-    dataset = open_dataset(folder)
+    dataset = open_dataset(Path(folder).resolve() if ray else folder)
     folder = dataset.path
+    if ray and tokenizer.startswith("sentencepiece:"):
+        tokenizer = f"sentencepiece:{Path(tokenizer.removeprefix('sentencepiece:')).resolve()}"
     fingerprint = load_tokenizer(tokenizer).fingerprint
     for name in drop:
         if name not in dataset.variants or name == "original":
@@ -165,7 +167,7 @@ def tokenize(
     work = temporary_name(folder / "tokenize")
     work.mkdir()
     try:
-        sources = _sources(dataset, kept, rewrites, original_csv, join, work)
+        sources = _sources(dataset, kept, rewrites, original_csv, join, work, jobs)
         checksums, counts, used = _write_captions(
             dataset, sources, tokenizer, fingerprint, jobs, ray
         )
@@ -186,25 +188,39 @@ def tokenize(
     return _report(folder, dataset.num_samples, sources, counts, used)
 
 
-def _sources(dataset, kept, rewrites, original_csv, join, work: Path) -> list[Source]:
+def _sources(dataset, kept, rewrites, original_csv, join, work: Path, jobs: int) -> list[Source]:
     """The variants in their order; reads and checks every file of rewrites."""
     sources = [Source("original", "txt")]
+    files = {}  # position in sources: arguments of _build
     for name in [*kept, *(name for name in rewrites if name not in kept)]:
         if name not in rewrites:
             sources.append(Source(name, "keep", old=dataset.variants.index(name)))
         elif str(rewrites[name]).startswith("json:"):
             sources.append(Source(name, "json", str(rewrites[name]).removeprefix("json:")))
         else:
-            path = Path(rewrites[name])
-            by_key = path.suffix in (".jsonl", ".csv", ".parquet")
             place = work / str(len(sources))
-            checksum, count = build_store(place, read_rewrites(path, original_csv, join))
-            if count == 0:
-                raise ValueError(f"{path}: no rewrites in it")
-            sources.append(
-                Source(name, "store", str(place), 0, "key" if by_key else join, checksum)
-            )
+            files[len(sources)] = (place, Path(rewrites[name]), original_csv, join)
+            by_key = Path(rewrites[name]).suffix in (".jsonl", ".csv", ".parquet")
+            sources.append(Source(name, "store", str(place), 0, "key" if by_key else join))
+    checksums = run_shards(
+        _build,
+        files.values(),
+        total=len(files),
+        label="read rewrites",
+        unit="files",
+        jobs=jobs,
+        weigh=lambda result: (result[1], "texts"),
+    )
+    for number, (checksum, _) in zip(files, in_order(checksums), strict=True):
+        sources[number] = replace(sources[number], checksum=checksum)
     return sources
+
+
+def _build(place: Path, path: Path, original_csv: Path | None, join: str) -> tuple[int, int]:
+    checksum, count = build_store(place, read_rewrites(path, original_csv, join))
+    if count == 0:
+        raise ValueError(f"{path}: no rewrites in it")
+    return checksum, count
 
 
 def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
@@ -240,8 +256,8 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
         for s in sources
     ]
     checksums = {}
-    for shard, (checksum, shard_counts, found, _) in zip(dataset.shards, results, strict=True):
-        checksums[shard.name] = checksum
+    for number, (checksum, shard_counts, found, _) in results:
+        checksums[dataset.shards[number].name] = checksum
         for total, count in zip(counts, shard_counts, strict=True):
             total.add(count)
         for mask, numbers in zip(used, found, strict=True):
