@@ -211,7 +211,7 @@ def run(model: str, args: argparse.Namespace, device: str) -> list:
     clocks: dict[str, list[float]] = {}
     cases = []
 
-    def add(name: str, step: Step, prepare: Callable[[int], Batch], tokens: float) -> None:
+    def add(name: str, step: Step, prepare: Callable[[int], Batch], tokens: float | None) -> None:
         run = counting_cpu(step, clocks.setdefault(name, []))
         extra = {"mean_tokens": tokens, "first_loss": losses.get(name)}
         cases.append(Case(name, run, prepare, batch_size, "pairs/s", extra=extra))
@@ -222,7 +222,7 @@ def run(model: str, args: argparse.Namespace, device: str) -> list:
     if args.data:
         batches = real_batches(args.data, config.vision.image_size, batch_size, device)
         best = steps.get("laclip compiled", steps["laclip"])
-        add("laclip, real data", lambda _turn: best(next(batches)), lambda turn: turn, tokens)  # type: ignore
+        add("laclip, real data", lambda _turn: best(next(batches)), lambda turn: turn, None)  # type: ignore
     for part in parts_of_our_step(config, batch, precision):
         add(part.name, part.run, part.prepare, tokens)  # type: ignore[arg-type]
     records = compare(
