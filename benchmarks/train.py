@@ -243,10 +243,11 @@ def run(model: str, args: argparse.Namespace, device: str) -> list:
             record.extra["speed_up"] = cpu["open_clip"] / cpu[record.name] if whole else None
         elif record.median and rival.median:
             rate = batch_size / (record.median / 1e3) / PEAK_FLOPS
-            real = training_flops(config, record.extra["mean_tokens"])
+            tokens = record.extra["mean_tokens"]
             record.extra["speed_up"] = rival.median / record.median if whole else None
             record.extra["mfu_padded"] = training_flops(config) * rate if whole else None
-            record.extra["mfu_real"] = real * rate if whole else None
+            known = whole and tokens is not None
+            record.extra["mfu_real"] = training_flops(config, tokens) * rate if known else None
     return records
 
 
