@@ -54,8 +54,8 @@ def pair_cosines(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """`[batch]` fp32 dot products of matching rows."""
     rows, dim = image.shape
     out = torch.empty(rows, dtype=torch.float32, device=image.device)
-    kernels.pair_cosines[(triton.cdiv(rows, 16),)](
-        image, text, out, rows, DIM=dim, BLOCK_M=16, BLOCK_K=128
+    kernels.pair_cosines[(triton.cdiv(rows, 8),)](
+        image, text, out, rows, DIM=dim, BLOCK_M=8, BLOCK_K=128
     )
     return out
 
@@ -302,7 +302,7 @@ def combine(
 ) -> None:
     """As chunked.combine; `out` may be product_sum itself."""
     rows, dim = product_sum.shape
-    kernels.combine[(triton.cdiv(rows, 16), triton.cdiv(dim, 256))](
+    kernels.combine[(triton.cdiv(rows, 8), triton.cdiv(dim, 256))](
         product_sum,
         coefficients,
         others,
@@ -315,6 +315,6 @@ def combine(
         others.stride(0),
         HAS_MEAN=mean is not None,
         DIM=dim,
-        BLOCK_M=16,
+        BLOCK_M=8,
         BLOCK_K=256,
     )
