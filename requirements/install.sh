@@ -26,6 +26,7 @@ pins=requirements/cpu.txt
 if nvidia-smi >/dev/null 2>&1; then pins=requirements/cuda.txt; fi
 echo "laclip set-up: $("$python" --version), $pins (about 2.6 GB without a GPU, 6 GB with one)"
 torch=$(grep '^torch==' "$pins")
+"$venv/bin/pip" install --disable-pip-version-check -q "$(grep '^numpy==' requirements/common.txt)"
 "$venv/bin/pip" install --disable-pip-version-check -q ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
 if [ "$pins" = requirements/cpu.txt ]; then
   "$venv/bin/python" requirements/check.py --torch-only
