@@ -197,7 +197,7 @@ def plot(records: list[Record], path: Path) -> None:
             batches, times, memory = zip(*line)
             axes[0][column].plot(batches, times, marker="o", label=name.removesuffix(": both"))
             axes[1][column].plot(batches, memory, marker="o")
-        axes[0][column].set_title(f"{panel[0]} loss, dim {panel[1]}, {panel[2]}")
+        axes[0][column].set_title(f"{panel[0]}, dim {panel[1]}, {panel[2]}")
         axes[0][column].set_ylabel("forward + backward, ms")
         axes[1][column].set_ylabel("memory beyond inputs, MiB")
         axes[0][column].legend(fontsize=8)
