@@ -202,7 +202,7 @@ def fused(
     problem = Problem(image, variants, scalars[0], None, label_smoothing, chunk_rows, blocks)
     with full_precision(image):
         if loss == "siglip":
-            value, found = one_pass(problem, scalars[1], (True, True, True, True))
+            value, found, _ = one_pass(problem, scalars[1], (True, True, True, True))
         else:
             value, sums = forward_sums(problem)
             one = torch.ones((), device=image.device)

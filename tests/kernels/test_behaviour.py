@@ -127,6 +127,15 @@ def test_autocast_and_precision_settings_change_nothing(loss, implementation, de
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
 
 
+@every_fused
+def test_features_changed_before_the_backward_are_noticed(implementation, device):
+    image, text, scale = inputs("clip", "random", 16, 16, BF16, device, 20.0)
+    loss = clip_loss(image, text.requires_grad_(), scale, implementation=implementation)
+    image += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_one_variant_equals_no_variants(device):
     image, text, scale = inputs("clip", "planted", 65, 64, BF16, device, 20.0)
     flat = gradients(clip_loss, [image, text, scale], implementation="triton")
