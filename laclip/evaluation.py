@@ -109,7 +109,7 @@ def evaluate(
             return images
 
     def tokens_at(numbers: list[int]) -> torch.Tensor:
-        return torch.from_numpy(held_out.token_ids[numbers]).to(ranks.device)
+        return torch.from_numpy(held_out.token_ids[numbers])
 
     image_features = _encode_all(len(held_out.samples), images_at, encode_image, batch_size, ranks)
     text_features = _encode_all(len(held_out.texts), tokens_at, encode_text, batch_size, ranks)
