@@ -14,13 +14,13 @@ from typing import Any
 import open_clip
 import torch
 from harness import Case, append, compare, table
-from laclip.kernels import clip_loss
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from laclip.config import PRESETS, DataConfig, ModelConfig, TextConfig, VisionConfig
 from laclip.convert import to_laclip
 from laclip.dataset import open_dataset
+from laclip.kernels import clip_loss
 from laclip.loader import Loader
 from laclip.model import build_model, compile_blocks, training_flops
 from laclip.optimizer import build_optimizer
