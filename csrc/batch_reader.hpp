@@ -57,8 +57,7 @@ struct Batch {
   std::vector<std::uint8_t> mirror;     // [size] 1: flip left to right
   std::vector<std::int32_t> token_ids;  // [variants, size, context_length]
   std::uint64_t substitutes = 0;        // samples that stand in for bad ones
-  // [size] 1: the image's header is not what the index says. Such an image must not reach the
-  // decoder, whose threads do not survive it (DALI 2.4).
+  // [size] 1: the image's header is not what the index says, so its window may lie outside of it.
   std::vector<std::uint8_t> broken;
 };
 

@@ -5,6 +5,8 @@
 #include "philox.hpp"
 
 NB_MODULE(_native, module) {
+  // An error's traceback may keep objects alive until the interpreter is gone; that is no leak.
+  nb::set_leak_warnings(false);
   module.doc() = "The C++ core of laclip.";
 
   module.def(

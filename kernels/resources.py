@@ -16,34 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from laclip.kernels import triton_kernels as kernels
 from laclip.kernels.launch_table import FLOAT32, HOPPER, HOPPER_SMALL, Tile
 from laclip.kernels.triton_blocks import ONLINE, SIGMOID, SOFTMAX
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 SHARED_LIMIT = 227 * 1024
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {"flag": "*i32", "edges": "*i32"}
 NUMBERS = {"margin": "fp32", "lowest": "fp32"}
-INTEGERS = set(
-    [
-        "rows",
-        "columns",
-        "first_column",
-        "slot",
-        "splits",
-        "count",
-        "length",
-        "first_pair",
-        "pairs",
-        "edge_count",
-        "part_count",
-        "programs",
-        "variants",
-        "coefficient_stride",
-        "other_stride",
-    ]
+INTEGERS = frozenset(
+    name
+    for kernel in (
+        kernels.column_sweep,
+        kernels.add_parts,
+        kernels.online_sums,
+        kernels.gradient_tiles,
+        kernels.pair_cosines,
+        kernels.combine,
+    )
+    for name in kernel.do_not_specialize
 )
 
 
@@ -68,7 +62,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, 
                 seen.add((name, shape))
                 for mode in modes:
                     yield from _matrix_kernels(f"{dtype} {name}{label}", dtype, name, shape, mode)
-        small = {"DIM": 768, "BLOCK_M": 16}
+        small = {"DIM": 768, "BLOCK_M": 8}
         plain = {"images": f"*{dtype}", "texts": f"*{dtype}", "others": f"*{dtype}"}
         yield (
             f"{dtype} pair_cosines", kernels.pair_cosines, plain, small | {"BLOCK_K": 128}, 4, 3,
@@ -193,7 +187,7 @@ def loop_instructions(sass: str) -> Counter[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--dtypes", default="bf16,fp16,fp32", help="which to compile")
     options = parser.parse_args()

@@ -258,6 +258,16 @@ class Dataset:
             )
         return table
 
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raises ValueError unless the captions are in the ids of the tokenizer of that name."""
+        if not self.variants:
+            raise ValueError(f"'{self.path}' has no captions yet. Run: laclip tokenize {self.path}")
+        if self.tokenizer != fingerprint:
+            raise ValueError(
+                f"'{self.path}/dataset.json' was tokenized with {self.tokenizer}, the model "
+                f"expects {fingerprint}. Run: laclip tokenize {self.path}, or change data.tokenizer"
+            )
+
     def _check_same(self, table, checksum: str, count: int, command: str) -> None:
         found = f"{int(table.header['checksum']):016x}"
         if found != checksum or len(table) != count:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from laclip.config import DataConfig, TaskConfig
 from laclip.dataset import Dataset, open_dataset
 from laclip.images import DecodeError, ImagePipeline
-from laclip.loader import check_tokenizer
 from laclip.parallel import Ranks, gather_objects, gather_rows
 from laclip.tokenizer import Tokenizer
 
@@ -28,7 +27,7 @@ class HeldOutSet:
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, context_length: int):
-        check_tokenizer(dataset, tokenizer)
+        dataset.check_tokenizer(tokenizer.fingerprint)
         self.dataset = dataset
         self.samples: list[tuple[int, int]] = []
         self.texts: list[str] = []

@@ -74,7 +74,7 @@ class Loader:
                 f"{max(1, global_batch_size // world_size) * world_size}"
             )
         for dataset in datasets:
-            check_tokenizer(dataset, tokenizer)
+            dataset.check_tokenizer(tokenizer.fingerprint)
         options = _native.ReaderOptions()
         options.seed = seed
         options.global_batch_size = global_batch_size
@@ -214,20 +214,6 @@ def encoded_images(batch: _native.Batch) -> list[np.ndarray]:
     """The encoded images of a batch as views of its one buffer."""
     buffer, begins = batch.bytes, batch.begins.tolist()
     return [buffer[a:b] for a, b in itertools.pairwise(begins)]
-
-
-def check_tokenizer(dataset: Dataset, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where a dataset's captions are not in this tokenizer's ids."""
-    if not dataset.variants:
-        raise ValueError(
-            f"'{dataset.path}' has no captions yet. Run: laclip tokenize {dataset.path}"
-        )
-    if dataset.tokenizer != tokenizer.fingerprint:
-        raise ValueError(
-            f"'{dataset.path}/dataset.json' was tokenized with {dataset.tokenizer}, the model "
-            f"expects {tokenizer.fingerprint}. Run: laclip tokenize {dataset.path}, or change "
-            "data.tokenizer"
-        )
 
 
 def shard_files(dataset: Dataset) -> list[_native.ShardFiles]:

@@ -427,7 +427,7 @@ def training_flops(config: "ModelConfig", caption_tokens: float | None = None) -
     """
     vision, text = config.vision, config.text
     patches = (vision.image_size // vision.patch_size) ** 2
-    forward = 2 * patches * 3 * vision.patch_size**2 * vision.width
+    forward: float = 2 * patches * 3 * vision.patch_size**2 * vision.width
     tokens = text.context_length if caption_tokens is None else caption_tokens
     for tower, rows in ((vision, patches + 1), (text, tokens)):
         layer = (8 + 4 * tower.mlp_ratio) * rows * tower.width**2 + 4 * rows**2 * tower.width
@@ -444,8 +444,8 @@ def compile_blocks(model: CLIP) -> None:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for tower in (model.image, model.text):
         for block in tower.blocks:
-            block.before = torch.compile(block.before, fullgraph=True)
-            block.after = torch.compile(block.after, fullgraph=True)
+            block.before = torch.compile(block.before)
+            block.after = torch.compile(block.after)
 
 
 def load_weights(model: CLIP, path: str | Path) -> None:

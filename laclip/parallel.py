@@ -1,5 +1,6 @@
 """The ranks of a job: who this process is, and how all of them agree."""
 
+import functools
 import os
 import socket
 from dataclasses import dataclass
@@ -45,31 +46,23 @@ def find_ranks() -> Ranks:
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank."""
-    number = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return bool(number.item())
-
-
-def mean_over_ranks(value: torch.Tensor) -> float:
-    """The mean of a scalar over all ranks."""
-    total = value.detach().float().reshape(1).clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
+@functools.cache
+def control_group() -> dist.ProcessGroup | None:
+    """The group for objects: over the CPU, so that they never wait for the GPU's queue."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def from_first(value: Any) -> Any:
     """The first rank's value, on all ranks; any object that pickles."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=control_group())
     return box[0]
 
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in the order of the ranks, on all ranks."""
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=control_group())
     return values
 
 

@@ -5,21 +5,18 @@ deepspeed laclip/train.py --deepspeed_config configs/deepspeed/zero1.json [--con
 
 import argparse
 import datetime
-import fcntl
 import json
 import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
 from laclip.checkpoint import (
     load_checkpoint,
@@ -27,8 +24,9 @@ from laclip.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from laclip.config import Config, differences, dump_config, load_config
+from laclip.config import Config, load_config
 from laclip.dataset import open_dataset
+from laclip.engine_settings import engine_settings
 from laclip.evaluation import evaluate
 from laclip.kernels import clip_loss, siglip_loss
 from laclip.loader import DataError, LoadedBatch, Loader
@@ -37,15 +35,10 @@ from laclip.model import CLIP, build_model, compile_blocks, load_weights
 from laclip.optimizer import build_optimizer, learning_rate
 from laclip.parallel import Ranks, find_ranks, from_first, gather_objects
 from laclip.report import write_report
+from laclip.run_folder import claim_folder, write_status
 from laclip.tokenizer import Tokenizer, load_tokenizer
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer for the others gives up
-FILLED = {  # keys of DeepSpeed's JSON whose values the TOML owns
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "optimizer.clip_norm",
-}
 stop_reasons: list[str] = []  # set by signals, agreed upon by all ranks after each step
 
 
@@ -100,10 +93,11 @@ def read_config(args: argparse.Namespace) -> Config:
 
 def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
-    settings = deepspeed_settings(deepspeed_json, config, ranks)
+    settings = engine_settings(deepspeed_json, config, ranks)
     if not config.data.train:
         raise ValueError("data.train: no dataset given. Set it to a dataset's folder, or several")
     datasets = [open_dataset(path) for path in config.data.train]
+    variants = max((dataset.variants for dataset in datasets), key=len)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     torch.manual_seed(config.run.seed)
     model = build_model(
@@ -112,6 +106,13 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     if config.model.weights:
         load_weights(model, config.model.weights)
 
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            here = int(os.environ.get("LOCAL_SIZE", ranks.world_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    # DeepSpeed calls functions that torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed  # slow to import: mistakes are reported before
 
     deepspeed.init_distributed(
@@ -119,7 +120,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     )
     catch_signals()
     folder = Path(config.run.folder)
-    lock = claim_folder(folder, config, ranks, resume)
+    _lock = claim_folder(folder, config, ranks, resume)
     found = newest_checkpoint(folder / "checkpoints", ranks)
     state: dict[str, Any] = found[1] if found else {"step": 0, "bad_samples": []}
     fingerprints = [dataset.fingerprint for dataset in datasets]
@@ -179,7 +180,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         print(
             f"laclip: {parameters / 1e6:.1f} M parameters, {loader.num_samples:,} samples with "
-            f"{len(datasets[0].variants)} captions each, {total_steps} steps of {batch_size} on "
+            f"{len(variants)} captions each, {total_steps} steps of {batch_size} on "
             f"{ranks.world_size} {ranks.device.type.upper()} rank(s), ZeRO-{stage}, "
             f"{config.train.precision}" + (f"; going on at step {step}" if found else ""),
             flush=True,
@@ -219,9 +220,14 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         loss, logit_scale, norm, finite = train_step(engine, batch, config, ranks, stage)
         skipped = 0 if finite else skipped + 1
         news = gather_objects(
-            (loader.take_new_bad_samples(), (stop_reasons or [""])[0], batch.substitutes)
+            (
+                loader.take_new_bad_samples(),
+                (stop_reasons or [""])[0],
+                batch.substitutes,
+                np.bincount(batch.drawn_variants, minlength=len(variants)),
+            )
         )
-        for found_bad, reason, _ in news:
+        for found_bad, reason, *_ in news:
             loader.mark_bad(found_bad)
             stopped = stopped or reason
         seconds = time.perf_counter() - begin
@@ -234,9 +240,9 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
                 "gradient_norm": norm,
                 "images_per_second": batch_size / seconds,
                 "data_wait": batch.wait_seconds / seconds,
-                "substitutes": sum(count for *_, count in news),
+                "substitutes": sum(count for _, _, count, _ in news),
                 "bad_samples": len(loader.bad_samples),
-                "variants": variant_shares(datasets[0].variants, batch.drawn_variants),
+                "variants": variant_shares(variants, sum(drawn for *_, drawn in news)),
                 "memory_mib": peak_memory_mib(ranks),
             }
             if not finite:
@@ -271,7 +277,6 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
             )
         return
     finish(engine, model, config, tokenizer, ranks, stage, folder, step)
-    lock.close()
 
 
 def train_step(
@@ -404,115 +409,6 @@ def score_table(scores: dict[str, dict[str, float]]) -> str:
             f"{score['chance']:9.2%}{score['n']:7}"
         )
     return "\n".join(lines)
-
-
-def deepspeed_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's JSON, with what the TOML owns filled in. Raises ValueError on a conflict."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--deepspeed_config: there is no file {str(path)!r}")
-    try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if batch % ranks.world_size:
-        raise ValueError(
-            f"train.global_batch_size: {batch} does not divide by the {ranks.world_size} ranks; "
-            f"the next that does: {-(-batch // ranks.world_size) * ranks.world_size}"
-        )
-    local = batch // ranks.world_size
-    micro = micro or local
-    if local % micro:
-        raise ValueError(
-            f"train.micro_batch_size: {micro} does not divide the {local} samples of each of "
-            f"the {ranks.world_size} ranks (train.global_batch_size {batch})"
-        )
-    values = (batch, micro, local // micro, config.optimizer.clip_norm)
-    for (key, owner), value in zip(FILLED.items(), values):
-        found = settings.get(key, "auto")
-        if found not in ("auto", value):
-            raise ValueError(
-                f"{path}: {key} is {found!r}, but {owner} in the run's TOML make it {value!r}. "
-                f'Set it to "auto" in {path}'
-            )
-        settings[key] = value
-    for key, owner in (("optimizer", "optimizer"), ("scheduler", "optimizer")):
-        if key in settings:
-            raise ValueError(
-                f"{path}: the section {key!r} is not read: the optimizer and its schedule are set "
-                f"in the TOML's section [{owner}]. Remove it from {path}"
-            )
-    for key in ("bf16", "fp16"):
-        section = settings.pop(key, {})
-        enabled = section.get("enabled", "auto") if isinstance(section, dict) else section
-        if enabled not in ("auto", config.train.precision == key):
-            raise ValueError(
-                f"{path}: {key}.enabled is {enabled!r}, but train.precision in the run's TOML is "
-                f'{config.train.precision!r}. Set it to "auto" in {path}'
-            )
-    if config.train.precision == "fp16":
-        raise ValueError("train.precision: 'fp16' has no loss scaling yet; use 'bf16' or 'fp32'")
-    settings.setdefault("steps_per_print", 10**9)
-    settings["zero_allow_untested_optimizer"] = True
-    return settings
-
-
-def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> Any:
-    """Decide what the run's folder means for this run; all ranks agree. Returns the held lock."""
-    error, lock = None, None
-    if ranks.is_first:
-        try:
-            lock = open_folder(folder, config, resume)
-        except (ValueError, OSError) as failure:
-            error = str(failure)
-    error = from_first(error)
-    if error is not None:
-        raise ValueError(error)
-    return lock
-
-
-def open_folder(folder: Path, config: Config, resume: bool) -> Any:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run.folder: '{folder}' is a file, expected a folder or nothing")
-    status = folder / "status.json"
-    if status.exists() and json.loads(status.read_text())["state"] == "finished" and not resume:
-        number = 1
-        while folder.with_name(f"{folder.name}.{number}").exists():
-            number += 1
-        kept = folder.rename(folder.with_name(f"{folder.name}.{number}"))
-        print(f"laclip: the finished run in '{folder}' is kept as '{kept}'")
-    elif folder.is_dir() and any(folder.iterdir()) and not (folder / "config.toml").exists():
-        raise ValueError(
-            f"run.folder: '{folder}' holds files but no run. Choose another: --set run.folder=..."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"run.folder: another job is running in '{folder}'") from None
-    stored = folder / "config.toml"
-    if stored.exists():
-        changed = differences(load_config(stored), config)
-        if changed:
-            raise ValueError(
-                f"run.folder: '{folder}' holds an unfinished run of another configuration "
-                f"({'; '.join(changed)}). Go on with it (--resume {folder}), or choose another "
-                "folder: --set run.folder=..."
-            )
-    temporary = folder / "config.toml.partial"
-    temporary.write_text(dump_config(config))
-    temporary.rename(stored)
-    write_status(folder, "running", None)
-    return lock
-
-
-def write_status(folder: Path, state: str, step: int | None, reason: str = "") -> None:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    content = {"state": state, "step": step, "reason": reason, "time": now}
-    temporary = folder / "status.json.partial"
-    temporary.write_text(json.dumps(content) + "\n")
-    temporary.rename(folder / "status.json")
 
 
 def catch_signals() -> None:

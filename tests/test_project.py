@@ -7,12 +7,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"kernels", "_native", "text_clean"},
+    {"kernels", "_native", "text_clean", "attention"},
     {
         *("config", "model", "tokenizer", "dataset", "images", "optimizer", "parallel"),
         *("metrics", "convert"),
     },
-    {"loader", "loss", "evaluation", "checkpoint", "plan", "report", "prepare", "rewrite"},
+    {
+        *("loader", "evaluation", "checkpoint", "plan", "report", "prepare", "rewrite"),
+        *("run_folder", "engine_settings"),
+    },
     {"train", "cli"},
 ]
 # A package that only these modules may import.
@@ -63,9 +66,9 @@ def test_imports_go_down_the_floors():
             parts = name.split(".")
             if parts[0] != "laclip" or len(parts) < 2 or parts[1] in (module, "__version__"):
                 continue
-            assert floor_of(parts[1]) <= floor_of(module) and (
-                floor_of(parts[1]) < floor_of(module) or floor_of(module) == 2
-            ), f"{path.relative_to(ROOT)} (floor {floor_of(module)}) imports {name}"
+            assert floor_of(parts[1]) < floor_of(module), (
+                f"{path.relative_to(ROOT)} (floor {floor_of(module)}) imports {name}"
+            )
 
 
 def test_each_heavy_package_is_imported_where_it_belongs():
@@ -95,4 +98,4 @@ def test_source_files_stay_below_500_lines():
         for path in ROOT.glob(pattern):
             if path.suffix in (".py", ".cpp", ".hpp"):
                 lines = len(path.read_text().splitlines())
-                assert lines <= 600, f"{path.relative_to(ROOT)} has {lines} lines: split it"
+                assert lines <= 500, f"{path.relative_to(ROOT)} has {lines} lines: split it"

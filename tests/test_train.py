@@ -45,7 +45,7 @@ def arguments(folder, *overrides, stage=1, extra=()):
 
 
 def run(words, ranks=1, launcher=False, check=True):
-    """Run the job; plain processes with the launcher's variables are 6 s faster than the launcher."""
+    """Run the job; plain processes with the launcher's variables start 6 s sooner."""
     if launcher:
         command = [
             BIN / "deepspeed",
@@ -129,6 +129,27 @@ def test_micro_batches_give_the_losses_and_norms_of_the_whole_batch(straight, tm
     norms = [record["gradient_norm"] for record in metrics(tmp_path / "run")]
     expected = [record["gradient_norm"] for record in metrics(straight)]
     assert norms == pytest.approx(expected, rel=1e-4)
+
+
+def test_bf16_follows_fp32(straight, tmp_path):
+    run(arguments(tmp_path / "run", "train.precision=bf16"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=2e-2)
+    assert losses(tmp_path / "run") != losses(straight)
+    # bf16 would round the scale by up to 3 %.
+    scales = [record["logit_scale"] for record in metrics(tmp_path / "run")]
+    expected = [record["logit_scale"] for record in metrics(straight)]
+    assert scales == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [["train.loss=siglip"], ["data.captions=multi"]])
+def test_other_losses_fall_and_do_not_depend_on_the_split(overrides, tmp_path):
+    found = []
+    for name, ranks, more in (("a", 1, []), ("b", 2, ["train.micro_batch_size=8"])):
+        settings = [*overrides, *more, "optimizer.lr=3e-3", "optimizer.start_lr=3e-3"]
+        run(arguments(tmp_path / name, *settings), ranks=ranks)
+        found.append(losses(tmp_path / name))
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert found[0][-1] < found[0][0]
 
 
 def test_a_stopped_and_resumed_run_gives_the_losses_of_one_without_a_stop(straight, tmp_path):

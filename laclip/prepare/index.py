@@ -22,7 +22,7 @@ from laclip.prepare.folder import (
     write_manifest,
     write_whole,
 )
-from laclip.prepare.shards import add_run_arguments, run_shards
+from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 
 RULES = 1  # of telling samples, keys and bad ones apart; a change makes every shard be scanned anew
 DECODE_FAILED = REASONS.index("does not decode")
@@ -52,23 +52,29 @@ def index(
     """Scan every tar of `folder` that has no up-to-date .samples file; write dataset.json.
 
     `decode` also decodes every image and flags those that fail. Returns what was found, as text.
-    Raises FileNotFoundError without tars, ValueError for a tar that is broken or holds no sample,
-    with its name and position. Running it again does what is left.
+    Raises FileNotFoundError without tars, ValueError for tars that are broken or hold no sample,
+    with their names and positions, when all others are done. Running it again does what is left.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve() if ray else Path(folder)  # other nodes stand elsewhere
     paths = tar_paths(folder)
     remove_leftovers(folder)
     if decode:
         jobs = 1  # the decoder brings its own threads
-    found = run_shards(
-        index_shard,
-        [(path, decode, force) for path in paths],
-        total=len(paths),
-        label="index",
-        jobs=jobs,
-        ray=ray,
-        weigh=lambda result: (result["bytes"] / 1e9, "GB"),
+    found = in_order(
+        run_shards(
+            _index_or_tell,
+            [(path, decode, force) for path in paths],
+            total=len(paths),
+            label="index",
+            jobs=jobs,
+            ray=ray,
+            weigh=lambda result: (result["bytes"] / 1e9, "GB"),
+        )
     )
+    broken = [result["error"] for result in found if "error" in result]
+    if broken:
+        more = f"\n... and {len(broken) - 20} more" if len(broken) > 20 else ""
+        raise ValueError("\n".join(broken[:20]) + more)
     manifest = read_manifest(folder)
     libraries = {**manifest.get("libraries", {}), "laclip": laclip.__version__}
     variants, tokenizer = manifest.get("variants", []), manifest.get("tokenizer")
@@ -83,6 +89,14 @@ def index(
 
 def samples_path(tar: Path) -> Path:
     return tar.with_name(f"{tar.name.removesuffix('.tar')}.samples")
+
+
+def _index_or_tell(tar: Path, decode: bool, force: bool) -> dict:
+    """index_shard, with what is wrong with a tar as a result: all broken ones are told at once."""
+    try:
+        return index_shard(tar, decode, force)
+    except ValueError as error:
+        return {"error": str(error), "bytes": 0}
 
 
 def index_shard(tar: Path, decode: bool = False, force: bool = False) -> dict:
@@ -141,8 +155,17 @@ def _repeated_keys(folder: Path, shards: list[dict]) -> str:
         hashes[at : at + len(table)] = table.key_hashes()
         at += len(table)
     hashes.sort()
-    repeated = int(np.count_nonzero(hashes[1:] == hashes[:-1]))
-    return f"\n  {repeated} keys occur more than once" if repeated else ""
+    repeated = hashes[1:][hashes[1:] == hashes[:-1]]
+    if not len(repeated):
+        return ""
+    places: list[str] = []
+    for shard in shards:
+        table = SamplesTable(samples_path(folder / shard["name"]))
+        found = np.flatnonzero(table.key_hashes() == repeated[0]).tolist()
+        places += [f"{shard['name']}: {table.key(i)}" for i in found]
+        if len(places) > 1:
+            break
+    return f"\n  {len(repeated)} keys occur more than once (first: {' and '.join(places[:2])})"
 
 
 def _report(folder: Path, found: list[dict]) -> str:
@@ -157,6 +180,8 @@ def _report(folder: Path, found: list[dict]) -> str:
             entry[0] += times
     for reason, (times, first) in sorted(totals.items()):
         text += f"\n  {times} x {REASONS[reason]} (first: {first})"
+    if totals:
+        text += f"\n  all of them: laclip inspect {folder} --bad"
     others = sum(result["other_members"] for result in found)
     if others:
         text += f"\n  {others} files in the tars belong to no sample"

@@ -19,7 +19,7 @@ import numpy as np
 from laclip import _native
 from laclip.dataset import REASONS, checksum_hex
 from laclip.prepare.folder import remove_leftovers, whole_file, write_whole
-from laclip.prepare.shards import add_run_arguments, run_shards
+from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 from laclip.prepare.sources import CAPTION_COLUMNS, PATH_COLUMNS, read_pairs
 
 RECORD = "pack.json"  # what was packed, beside the shards
@@ -62,6 +62,8 @@ def pack(
     list.
     """
     out, pairs, images = Path(out), Path(pairs), Path(images)
+    if ray:  # other nodes stand elsewhere
+        out, images = out.resolve(), images.resolve()
     if rows < 1:
         raise ValueError(f"--rows {rows}: expected 1 or more")
     if not images.is_dir():
@@ -79,14 +81,16 @@ def pack(
     _check_source(out, source, pairs)
     write_whole(out / RECORD, [json.dumps({"source": source}, indent=2).encode() + b"\n"])
     shards = (count + rows - 1) // rows
-    results = run_shards(
-        pack_shard,
-        ((out, images, i, i * rows, chunk) for i, chunk in enumerate(_chunks(pairs, rows))),
-        total=shards,
-        label="pack",
-        jobs=jobs,
-        ray=ray,
-        weigh=lambda result: (result["packed"], "images"),
+    results = in_order(
+        run_shards(
+            pack_shard,
+            ((out, images, i, i * rows, chunk) for i, chunk in enumerate(_chunks(pairs, rows))),
+            total=shards,
+            label="pack",
+            jobs=jobs,
+            ray=ray,
+            weigh=lambda result: (result["packed"], "images"),
+        )
     )
     packed = sum(result["packed"] for result in results)
     skipped: dict[str, list] = {}

@@ -34,18 +34,18 @@ def run_shards(
     *,
     total: int,
     label: str,
+    unit: str = "shards",
     jobs: int = 1,
     ray: bool = False,
     weigh: Callable[[Any], tuple[float, str]] = lambda result: (1.0, "shards"),
-) -> list[Any]:
-    """`[function(*task) for task in tasks]`, in parallel, in order, with a line of progress.
+) -> Iterator[tuple[int, Any]]:
+    """(i, function(*task i)) of every task, in parallel, as they end, with a line of progress.
 
     `function` is a module-level function; there are `total` tasks; `weigh(result)` gives what the
     progress line adds up and its unit. The first exception stops the run: shards already done stay
     done.
     """
-    results: list[Any] = [None] * total
-    progress = _Progress(label, total)
+    progress = _Progress(label, total, unit)
     if ray:
         finished = _on_ray(function, tasks)
     elif jobs > 1 and total > 1:
@@ -53,10 +53,14 @@ def run_shards(
     else:
         finished = ((i, function(*task)) for i, task in enumerate(tasks))
     for index, result in finished:
-        results[index] = result
         progress.add(*weigh(result))
+        yield index, result
     progress.close()
-    return results
+
+
+def in_order(finished: Iterable[tuple[int, Any]]) -> list[Any]:
+    """The results of `run_shards` by the tasks' order."""
+    return [result for _, result in sorted(finished, key=lambda item: item[0])]
 
 
 def _on_processes(function, tasks, jobs: int) -> Iterator[tuple[int, Any]]:
@@ -123,32 +127,33 @@ def _on_ray(function, tasks) -> Iterator[tuple[int, Any]]:
 
 
 class _Progress:
-    """One line on a terminal's stderr: shards done, rate, time left. Silent elsewhere."""
+    """Tasks done, rate, time left: one line on a terminal's stderr, elsewhere a line a minute."""
 
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.done, self.amount, self.unit = label, total, 0, 0.0, ""
-        self.begin = time.monotonic()
-        self.shown = 0.0
-        self.on = sys.stderr.isatty()
+    def __init__(self, label: str, total: int, tasks: str):
+        self.label, self.total, self.tasks = label, total, tasks
+        self.done, self.amount = 0, 0.0
+        self.begin = self.shown = time.monotonic()
+        self.terminal = sys.stderr.isatty()
 
     def add(self, amount: float, unit: str) -> None:
         self.done += 1
         self.amount += amount
-        self.unit = unit
         now = time.monotonic()
-        if not self.on or (now - self.shown < 0.2 and self.done < self.total):
+        due = now - self.shown >= (0.2 if self.terminal else 60)
+        if not due and not (self.terminal and self.done == self.total):
             return
         self.shown = now
         elapsed = max(now - self.begin, 1e-9)
         left = int(elapsed / self.done * (self.total - self.done))
         rate = self.amount / elapsed
-        shown_rate = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}"
-        sys.stderr.write(
-            f"\r{self.label}: {self.done}/{self.total} shards, {shown_rate} {self.unit}/s, "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left \x1b[K"
+        line = (
+            f"{self.label}: {self.done}/{self.total} {self.tasks}, "
+            f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.2f}'} {unit}/s, "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
+        sys.stderr.write(f"\r{line} \x1b[K" if self.terminal else f"{line}\n")
         sys.stderr.flush()
 
     def close(self) -> None:
-        if self.on:
+        if self.terminal and self.total:
             sys.stderr.write("\n")

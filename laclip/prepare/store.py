@@ -15,12 +15,10 @@ class TextStore:
     """Texts by identity (see sources.py). Build once, then open in every process."""
 
     def __init__(self, folder: Path):
-        self.hashes = np.load(folder / "hashes.npy", mmap_mode="r")  # sorted
-        self._ends = np.load(folder / "ends.npy", mmap_mode="r")
-        self._order = np.load(folder / "order.npy", mmap_mode="r")
-        bytes_file = folder / "bytes"
-        empty = bytes_file.stat().st_size == 0
-        self._bytes = np.zeros(0, np.uint8) if empty else np.memmap(bytes_file, np.uint8, "r")
+        self.hashes = _map(folder / "hashes", np.uint64)  # sorted
+        self._order = _map(folder / "order", np.int64)
+        self._ends = _map(folder / "ends", np.int64).reshape(-1, 3)
+        self._bytes = _map(folder / "bytes", np.uint8)
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -29,25 +27,42 @@ class TextStore:
         """The text of each identity or None, and the numbers of the texts that were found."""
         known = [identity.encode() for identity in identities if identity is not None]
         wanted = hash_strings(known)
-        places = np.searchsorted(self.hashes, wanted).tolist()
-        texts: list[str | None] = []
+        places = np.searchsorted(self.hashes, wanted)
+        inside = np.minimum(places, max(len(self) - 1, 0))
+        hits = (self.hashes[inside] == wanted) if len(self) else np.zeros(len(known), bool)
+        numbers = self._order[inside] if len(self) else inside
+        spans = self._ends[numbers].tolist() if len(self) else [[0, 0, 0]] * len(known)
+        data = self._bytes.data
+        answers: list[str | None] = []
         found = []
-        at = iter(zip(known, wanted.tolist(), places, strict=True))
-        for identity in identities:
-            text = None
-            if identity is not None:
-                raw, hashed, place = next(at)
-                # Equal hashes stand in the file's order: the first text of an identity wins.
-                while place < len(self.hashes) and self.hashes[place] == hashed:
-                    number = int(self._order[place])
-                    begin, middle, end = (int(e) for e in self._ends[number])
-                    if self._bytes[begin:middle].tobytes() == raw:
-                        text = self._bytes[middle:end].tobytes().decode()
-                        found.append(number)
-                        break
-                    place += 1
-            texts.append(text)
+        for i, (raw, hit, number, (begin, middle, end)) in enumerate(
+            zip(known, hits.tolist(), numbers.tolist(), spans, strict=True)
+        ):
+            if hit and data[begin:middle] != raw:
+                # Another identity of this hash. Equal hashes stand in the file's order.
+                number, begin, middle, end = self._search(raw, int(places[i]))
+                hit = number >= 0
+            answers.append(str(data[middle:end], "utf-8") if hit else None)
+            if hit:
+                found.append(number)
+        answered = iter(answers)
+        texts = [None if identity is None else next(answered) for identity in identities]
         return texts, np.array(found, np.int64)
+
+    def identity(self, number: int) -> str:
+        """What text `number` is found by."""
+        begin, middle, _ = self._ends[number].tolist()
+        return self._bytes[begin:middle].tobytes().decode()
+
+    def _search(self, raw: bytes, place: int) -> tuple[int, int, int, int]:
+        hashed = self.hashes[place]
+        while place < len(self) and self.hashes[place] == hashed:
+            number = int(self._order[place])
+            begin, middle, end = self._ends[number].tolist()
+            if self._bytes[begin:middle].tobytes() == raw:
+                return number, begin, middle, end
+            place += 1
+        return -1, 0, 0, 0
 
 
 def build_store(folder: Path, pairs: Iterable[tuple[str, str]]) -> tuple[int, int]:
@@ -83,9 +98,13 @@ def build_store(folder: Path, pairs: Iterable[tuple[str, str]]) -> tuple[int, in
             flush()
     all_hashes = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
     order = np.argsort(all_hashes, kind="stable")
-    np.save(folder / "hashes.npy", all_hashes[order])
-    np.save(folder / "order.npy", order)
-    np.save(folder / "ends.npy", np.concatenate(ends) if ends else np.zeros((0, 3), np.int64))
+    for name, array in (
+        ("hashes", all_hashes[order]),
+        ("order", order.astype(np.int64)),
+        ("ends", np.concatenate(ends) if ends else np.zeros((0, 3), np.int64)),
+    ):
+        with open(folder / name, "wb") as file:
+            file.write(np.ascontiguousarray(array).data)
     return checksum, count
 
 
@@ -97,3 +116,10 @@ def hash_strings(strings: Sequence[bytes]) -> np.ndarray:
         return np.concatenate([hash_strings(strings[:middle]), hash_strings(strings[middle:])])
     whole = np.frombuffer(b"".join(strings), np.uint8)
     return _native.hash_slices(whole, ends.astype(np.uint32))
+
+
+def _map(path: Path, dtype: type) -> np.ndarray:
+    """A file as an array; an empty one cannot be mapped."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r").view(np.ndarray)

@@ -25,7 +25,7 @@ from laclip.dataset import (
 )
 from laclip.prepare.folder import file_checksum, manifest_text, read_manifest
 from laclip.prepare.index import DECODE_FAILED
-from laclip.prepare.shards import add_run_arguments, run_shards
+from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,17 +50,19 @@ def verify(folder: str | Path, jobs: int = 1, ray: bool = False) -> list[str]:
     says of it; each tar's checksum, and that scanning it again gives the same records; captions
     against samples and tokenizer; sidecars without a shard.
     """
-    dataset = open_dataset(folder)
+    dataset = open_dataset(Path(folder).resolve() if ray else folder)
     problems = _check_manifest(dataset)
     tasks = [(dataset.path, shard, dataset.variants, dataset.tokenizer) for shard in dataset.shards]
-    found = run_shards(
-        check_shard,
-        tasks,
-        total=len(tasks),
-        label="verify",
-        jobs=jobs,
-        ray=ray,
-        weigh=lambda result: (result[0] / 1e9, "GB"),
+    found = in_order(
+        run_shards(
+            check_shard,
+            tasks,
+            total=len(tasks),
+            label="verify",
+            jobs=jobs,
+            ray=ray,
+            weigh=lambda result: (result[0] / 1e9, "GB"),
+        )
     )
     for _, shard_problems in found:
         problems += shard_problems

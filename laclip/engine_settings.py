@@ -1,0 +1,66 @@
+"""DeepSpeed's JSON, completed from the run's TOML, which owns all but ZeRO and its tuning."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from laclip.config import Config
+from laclip.parallel import Ranks
+
+FILLED = {  # keys of DeepSpeed's JSON whose values the TOML owns
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.clip_norm",
+}
+
+
+def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's JSON, with what the TOML owns filled in. Raises ValueError on a conflict."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--deepspeed_config: there is no file {str(path)!r}")
+    try:
+        settings = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if batch % ranks.world_size:
+        raise ValueError(
+            f"train.global_batch_size: {batch} does not divide by the {ranks.world_size} ranks; "
+            f"the next that does: {-(-batch // ranks.world_size) * ranks.world_size}"
+        )
+    local = batch // ranks.world_size
+    micro = micro or local
+    if local % micro:
+        raise ValueError(
+            f"train.micro_batch_size: {micro} does not divide the {local} samples of each of "
+            f"the {ranks.world_size} ranks (train.global_batch_size {batch})"
+        )
+    values = (batch, micro, local // micro, config.optimizer.clip_norm)
+    for (key, owner), value in zip(FILLED.items(), values):
+        found = settings.get(key, "auto")
+        if found not in ("auto", value):
+            raise ValueError(
+                f"{path}: {key} is {found!r}, but {owner} in the run's TOML make it {value!r}. "
+                f'Set it to "auto" in {path}'
+            )
+        settings[key] = value
+    for key, owner in (("optimizer", "optimizer"), ("scheduler", "optimizer")):
+        if key in settings:
+            raise ValueError(
+                f"{path}: the section {key!r} is not read: the optimizer and its schedule are set "
+                f"in the TOML's section [{owner}]. Remove it from {path}"
+            )
+    for key in ("bf16", "fp16"):
+        section = settings.pop(key, {})
+        enabled = section.get("enabled", "auto") if isinstance(section, dict) else section
+        if enabled not in ("auto", config.train.precision == key):
+            raise ValueError(
+                f"{path}: {key}.enabled is {enabled!r}, but train.precision in the run's TOML is "
+                f'{config.train.precision!r}. Set it to "auto" in {path}'
+            )
+    if config.train.precision == "fp16":
+        raise ValueError("train.precision: 'fp16' has no loss scaling yet; use 'bf16' or 'fp32'")
+    settings.setdefault("steps_per_print", 10**9)
+    settings["zero_allow_untested_optimizer"] = True
+    return settings

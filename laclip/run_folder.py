@@ -1,0 +1,72 @@
+"""A run's folder: whose it is, what state the run in it is in.
+
+status.json says `running`, `finished` or `resumable`, with the step and the reason. A job that was
+killed leaves `running` behind; the lock tells whether one is.
+"""
+
+import datetime
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+from laclip.config import Config, differences, dump_config, load_config
+from laclip.parallel import Ranks, from_first
+
+
+def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> Any:
+    """Decide what the run's folder means for this run; all ranks agree. Returns the held lock."""
+    error, lock = None, None
+    if ranks.is_first:
+        try:
+            lock = open_folder(folder, config, resume)
+        except (ValueError, OSError) as failure:
+            error = str(failure)
+    error = from_first(error)
+    if error is not None:
+        raise ValueError(error)
+    return lock
+
+
+def open_folder(folder: Path, config: Config, resume: bool) -> Any:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.folder: '{folder}' is a file, expected a folder or nothing")
+    status = folder / "status.json"
+    if status.exists() and json.loads(status.read_text())["state"] == "finished" and not resume:
+        number = 1
+        while folder.with_name(f"{folder.name}.{number}").exists():
+            number += 1
+        kept = folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        print(f"laclip: the finished run in '{folder}' is kept as '{kept}'")
+    elif folder.is_dir() and any(folder.iterdir()) and not (folder / "config.toml").exists():
+        raise ValueError(
+            f"run.folder: '{folder}' holds files but no run. Choose another: --set run.folder=..."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"run.folder: another job is running in '{folder}'") from None
+    stored = folder / "config.toml"
+    if stored.exists():
+        changed = differences(load_config(stored), config)
+        if changed:
+            raise ValueError(
+                f"run.folder: '{folder}' holds an unfinished run of another configuration "
+                f"({'; '.join(changed)}). Go on with it (--resume {folder}), or choose another "
+                "folder: --set run.folder=..."
+            )
+    temporary = folder / "config.toml.partial"
+    temporary.write_text(dump_config(config))
+    temporary.rename(stored)
+    write_status(folder, "running", None)
+    return lock
+
+
+def write_status(folder: Path, state: str, step: int | None, reason: str = "") -> None:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    content = {"state": state, "step": step, "reason": reason, "time": now}
+    temporary = folder / "status.json.partial"
+    temporary.write_text(json.dumps(content) + "\n")
+    temporary.rename(folder / "status.json")

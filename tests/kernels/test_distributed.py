@@ -1,0 +1,189 @@
+"""Ranks against one process: gloo on CPUs, the same numbers and the promised order of events."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+BATCH, DIM = 36, 16
+
+
+def run_ranks(world_size: int, function, *arguments) -> list:
+    """What `function(rank, *arguments)` returned on each of `world_size` gloo ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    multiprocessing.start_processes(
+        _rank_main,
+        (world_size, port, results, function, arguments),
+        nprocs=world_size,
+        start_method="spawn",
+    )
+    found = dict(results.get() for _ in range(world_size))
+    return [found[rank] for rank in range(world_size)]
+
+
+def _rank_main(rank, world_size, port, results, function, arguments):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TRITON_INTERPRET": "1"}
+    torch.set_num_threads(1)
+    import laclip.kernels.testing  # noqa: F401
+
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        results.put((rank, function(rank, *arguments)))
+    finally:
+        dist.destroy_process_group()
+
+
+def cases():
+    for implementation, batch in (("chunked", BATCH), ("triton", BATCH), ("reference", 12)):
+        for loss in ("clip", "siglip"):
+            for variants in (0, 2):
+                for smoothing in (0.0, 0.1) if loss == "clip" else (0.0,):
+                    if implementation == "triton" and variants and not smoothing:
+                        continue
+                    yield implementation, batch, loss, variants, smoothing
+
+
+def equality_worker(rank: int) -> list[tuple[str, float]]:
+    """Largest differences between the ranks' averaged results and one process's, by case."""
+    from laclip.kernels import start_gather
+    from laclip.kernels.testing import PUBLIC, inputs
+
+    world_size, group = dist.get_world_size(), dist.group.WORLD
+    differences = []
+    for implementation, batch, loss, variants, smoothing in cases():
+        tensors = inputs(loss, "planted", batch, DIM, torch.float32, "cpu", 15.0, variants)
+        image, text, *scalars = tensors
+        options = {"label_smoothing": smoothing} if loss == "clip" else {}
+
+        def evaluate(leaves, text_argument, *, loss=loss, options=options, **more):
+            image, _, *scalars = leaves
+            value = PUBLIC[loss](image, text_argument, *scalars, **options, **more)
+            (3 * value).backward()
+            return value.detach()
+
+        whole = [tensor.clone().requires_grad_() for tensor in tensors]
+        expected = evaluate(whole, whole[1], implementation="reference")
+        own = slice(rank * batch // world_size, (rank + 1) * batch // world_size)
+        mine = [
+            tensor.clone().requires_grad_() for tensor in (image[own], text[..., own, :], *scalars)
+        ]
+        early = smoothing > 0  # half of the cases gather by hand
+        local = mine[1]
+        found = evaluate(
+            mine,
+            start_gather(local, group) if early else local,
+            group=None if early else group,
+            implementation=implementation,
+            chunk_rows=7,
+        )
+        shared = torch.stack([found, *(scalar.grad for scalar in mine[2:])])
+        dist.all_reduce(shared)
+        pairs = [
+            (shared / world_size, torch.stack([expected, *(leaf.grad for leaf in whole[2:])])),
+            (mine[0].grad / world_size, whole[0].grad[own]),
+            (mine[1].grad / world_size, whole[1].grad[..., own, :]),
+        ]
+        worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+        differences.append((f"{implementation} {loss} {variants} {smoothing}", worst))
+    return differences
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_averaged_ranks_equal_one_process(world_size):
+    for differences in run_ranks(world_size, equality_worker):
+        assert len(differences) == 16
+        assert [case for case in differences if not case[1] < 1e-5] == []
+
+
+def events_worker(rank: int, loss: str) -> list[str]:
+    """The order in which the towers run and the network is started and awaited."""
+    from laclip.kernels import gather, start_gather
+    from laclip.kernels.testing import PUBLIC
+
+    events: list[str] = []
+
+    class Watched:
+        def __init__(self, name, work):
+            self.name, self.work = name, work
+
+        def wait(self):
+            events.append(f"{self.name} awaited")
+            return self.work.wait()
+
+    def watch(name, start):
+        def started(*arguments, **options):
+            work = start(*arguments, **options)
+            if not options.get("async_op"):
+                return work
+            events.append(f"{name} started")
+            return Watched(name, work)
+
+        return started
+
+    gather._all_gather = watch("gather", gather._all_gather)
+    gather._reduce_scatter = watch("scatter", gather._reduce_scatter)
+    towers = {name: torch.nn.Linear(8, DIM) for name in ("text", "image")}
+    for name, tower in towers.items():
+        tower.register_forward_hook(lambda *_, name=name: events.append(f"{name} forward"))
+        tower.register_full_backward_hook(lambda *_, name=name: events.append(f"{name} backward"))
+    inputs = torch.randn(6, 8)
+    text = towers["text"](inputs.clone().requires_grad_())
+    gathered = start_gather(text, dist.group.WORLD)
+    image = towers["image"](inputs.clone().requires_grad_())
+    scalars = [torch.tensor(5.0), torch.tensor(-1.0)][: 1 if loss == "clip" else 2]
+    PUBLIC[loss](image, gathered, *scalars, implementation="chunked").backward()
+    return events
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_the_network_runs_under_the_image_tower(loss):
+    for events in run_ranks(2, events_worker, loss):
+        assert events == [
+            "text forward",
+            "gather started",
+            "image forward",
+            "gather awaited",
+            "scatter started",
+            "image backward",
+            "scatter awaited",
+            "text backward",
+        ]
+
+
+def disagreement_worker(rank: int) -> list[str]:
+    """The messages of calls on which the ranks disagree, each in a group of its own."""
+    from laclip.kernels import clip_loss, start_gather
+
+    scale = torch.tensor(5.0)
+    odd = rank == 1
+    attempts = [
+        lambda group: clip_loss(*2 * [torch.ones(4 + odd, 8)], scale, group=group),
+        lambda group: clip_loss(
+            torch.ones(4, 8 << odd), torch.ones(4, 8 << odd), scale, group=group
+        ),
+        lambda group: start_gather(torch.ones(4 - 4 * odd, 8), group),
+        lambda group: start_gather(torch.ones(*([2] if odd else []), 4, 8), group),
+        lambda group: start_gather(torch.ones(4, 8).to(torch.bfloat16 if odd else None), group),
+    ]
+    messages = []
+    for attempt in attempts:
+        try:
+            attempt(dist.new_group())
+            messages.append("accepted")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_ranks_that_disagree_are_refused_on_all_ranks():
+    found = run_ranks(2, disagreement_worker)
+    assert found[0] == found[1]
+    assert all("the ranks disagree" in message for message in found[0])
+    assert "rank 0: [4, 8], rank 1: [5, 8]" in found[0][0]
