@@ -134,6 +134,9 @@ def tokenize(
         checksums, counts, unmatched = _write_captions(
             dataset, sources, tokenizer, fingerprint, jobs, ray
         )
+    except OSError as error:
+        error.filename = error.filename or str(folder)  # a full disk has no name of its own
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     variants = [source.name for source in sources]
