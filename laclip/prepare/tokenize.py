@@ -135,7 +135,8 @@ def tokenize(
             dataset, sources, tokenizer, fingerprint, jobs, ray
         )
     except OSError as error:
-        error.filename = error.filename or str(folder)  # a full disk has no name of its own
+        if error.errno is not None and error.filename is None:
+            error.filename = str(folder)  # a full disk has no name of its own
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
