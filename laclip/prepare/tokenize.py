@@ -134,6 +134,10 @@ def tokenize(
         checksums, counts, unmatched = _write_captions(
             dataset, sources, tokenizer, fingerprint, jobs, ray
         )
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(folder)  # a full disk has no name of its own
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     variants = [source.name for source in sources]
