@@ -315,6 +315,16 @@ def test_damaged_sidecars_are_refused(emoji_copy, suffix):
         assert str(path) in str(error.value)
 
 
+def test_a_caption_entry_that_points_outside_is_refused(emoji_copy):
+    path = emoji_copy / "00001.captions"
+    content = bytearray(path.read_bytes())
+    content[128 + 4 * 77 : 128 + 4 * 78] = (0x3FFFFFFF).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"00001\.captions' is damaged at sample \S+: .*verify"):
+        for index in range(24):
+            reader(emoji_copy, captions="multi").read(index)
+
+
 def test_contradicting_options_are_refused():
     for values, message in (
         ({"world_size": 3}, "multiple of world_size"),
