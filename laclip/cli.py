@@ -9,6 +9,7 @@ COMMANDS = {
     "index": ("laclip.prepare.index", "scan webdataset tars into sample indexes"),
     "tokenize": ("laclip.prepare.tokenize", "captions and rewrites into the caption store"),
     "verify": ("laclip.prepare.verify", "check every file of a dataset against every other"),
+    "rewrite": ("laclip.rewrite.command", "make rewrites of captions with a language model"),
     "inspect": ("laclip.prepare.inspect", "look at a dataset, as text or as a page"),
 }
 

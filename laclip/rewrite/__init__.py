@@ -1,1 +1,1 @@
-"""Caption rewriting with language models."""
+"""Rewrites of captions: by a language model, and by the baselines of the paper."""

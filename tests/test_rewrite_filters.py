@@ -1,0 +1,89 @@
+"""Each reason for which a rewrite is rejected, and rewrites that must pass."""
+
+import pytest
+
+from laclip.rewrite.filters import REASONS, reject, tidy, unfit
+
+ORIGINAL = "Brown dog on the beach at Brighton, 2019"
+WRONG = [
+    ("empty", ""),
+    ("empty", "... !"),
+    ("lines", "a dog by the sea\na second caption"),
+    ("refusal", "I'm sorry, but I cannot help with that."),
+    ("refusal", "As an AI language model, I have no eyes"),
+    ("refusal", "I can't rewrite this caption"),
+    ("chatter", "Sure, here is a rewrite: a dog by the sea"),
+    ("chatter", "Here's another version: a dog by the sea"),
+    ("chatter", "Caption: a dog by the sea"),
+    ("chatter", "A dog by the sea. Let me know if you need more"),
+    ("prompt", "a dog => a cat"),
+    ("prompt", "Shown Beside, the caption"),
+    ("echo", "brown dog on the beach, at brighton (2019)"),
+    ("repetition", "a dog on a dog on a dog on a dog"),
+    ("repetition", "very very very very brown dog"),
+    ("long", " ".join(f"word{i}" for i in range(200))),
+    ("script", "一只棕色的狗在海滩上"),
+    ("script", "коричневая собака"),
+]
+FINE = [
+    "a brown dog running along the seaside in Brighton in 2019",
+    "Sure-footed dog on the sand",
+    "a dog named Señor Müller by the sea",
+    "the sea, the sand and the dog",
+    "I saw a brown dog at the sea",
+    "a dog: brown, on the beach",
+]
+
+
+@pytest.mark.parametrize(("reason", "text"), WRONG)
+def test_unfit_rewrite_is_rejected_with_its_reason(reason, text):
+    assert reject(text, ORIGINAL, prompt=("shown beside the caption",)) == reason
+
+
+@pytest.mark.parametrize("text", FINE)
+def test_fit_rewrite_passes(text):
+    assert reject(text, ORIGINAL, prompt=("shown beside the caption",)) is None
+
+
+def test_cut_answer_is_rejected():
+    assert reject("a dog by the", ORIGINAL, cut=True) == "cut"
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [
+        ("number", "three dogs in 2018"),
+        ("name", "a brown dog in London"),
+        ("name", "a dog. It looks at Ann's ball"),
+        (None, "a dog at Brighton's beach in 2019"),
+        (None, "A Dog And Its Owner By The Sea"),
+        (None, "Sand. Dogs love it, and I do"),
+    ],
+)
+def test_invented_numbers_and_names_are_rejected_on_demand(reason, text):
+    assert reject(text, ORIGINAL, invented=True) == reason
+    assert reject(text, ORIGINAL) is None
+
+
+def test_originals_in_other_scripts_keep_them():
+    assert reject("海边的一只狗", "棕色的狗在海滩上") is None
+    assert reject("犬が海にいます", "茶色の犬と海") is None
+    assert reject("a dog by the sea", "собака у моря") == "script"
+
+
+def test_what_the_original_says_itself_is_no_chatter():
+    assert reject("a sign: sorry, but we are closed", "Sorry, but we are closed (sign)") is None
+
+
+def test_quotes_around_an_answer_are_taken_off():
+    assert tidy(' "a dog"\n') == "a dog" and tidy("“a dog”") == "a dog"
+    assert tidy('"a" and "b"') == '"a" and "b"' and tidy('"') == '"'
+
+
+def test_captions_without_letters_are_unfit():
+    assert unfit("") and unfit("12:30 !!! 🙂") and not unfit("犬")
+
+
+def test_every_reason_that_is_given_is_explained():
+    given = {reason for reason, _ in WRONG} | {"cut", "number", "name", "unfit", "refused"}
+    assert given == set(REASONS)

@@ -1,0 +1,111 @@
+"""Shards on a Ray cluster: the same files as without one."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from laclip.cli import main
+
+ROOT = Path(__file__).parent.parent
+RUN = """
+import sys
+import ray
+from laclip.cli import main
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with the caption's words in reverse; kills the worker that asks for `deadly`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        caption = body["prompt"].split("\n")[-1].removesuffix(" =>")
+        self.server.asked.append(caption)
+        self.server.clients.add(self.client_address)
+        if caption == self.server.deadly:
+            self.server.deadly = None
+            os.kill(owner_of(self.client_address[1], self.server.server_port), 9)
+            return
+        text = " ".join(reversed(caption.split()))
+        data = json.dumps({"choices": [{"text": text}]}).encode()
+        time.sleep(0.01)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def owner_of(port, server_port):
+    """The process that holds the client's end of a connection on loopback."""
+    wanted = f":{port:04X} 0100007F:{server_port:04X}"
+    lines = Path("/proc/net/tcp").read_text().splitlines()
+    (inode,) = [line.split()[9] for line in lines if wanted in line]
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == f"socket:[{inode}]":
+                return int(link.parts[2])
+        except OSError:
+            continue
+    raise LookupError(port)
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """Ray lies in a folder of its own, installed on first use."""
+    spec = importlib.util.spec_from_file_location("oracles", ROOT / "requirements" / "oracles.py")
+    oracles = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(oracles)
+    oracles.PINS = ROOT / "tests" / "data" / "rewrite_ray.txt"
+    more = {"PYTHONPATH": str(oracles.install()), "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**os.environ, **more}
+
+
+def test_a_cluster_writes_the_same_files_even_when_a_worker_dies(environment, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.asked, server.clients, server.deadly = [], set(), None
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    for shard in range(6):
+        lines = "".join(f"caption {i} of shard {shard}\n" for i in range(40))
+        (folder / f"{shard}.txt").write_text(lines)
+    words = ["--server", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m"]
+    words += ["--in-flight", "4"]
+    try:
+        assert main(["rewrite", str(folder), str(tmp_path / "alone"), *words]) == 0
+        server.asked.clear()
+        server.deadly = "caption 30 of shard 4"
+        command = [sys.executable, "-c", RUN, "rewrite", str(folder), str(tmp_path / "cluster")]
+        run = subprocess.run(
+            [*command, *words, "--ray"], env=environment, cwd=tmp_path, timeout=300,
+            capture_output=True, text=True,
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
+    assert server.deadly is None
+    for name in ("shards", "rejects"):
+        for path in (tmp_path / "alone" / name).iterdir():
+            found = tmp_path / "cluster" / name / path.name
+            assert found.read_bytes() == path.read_bytes(), path
+    whole = (tmp_path / "alone" / "rewrites.jsonl").read_bytes()
+    assert (tmp_path / "cluster" / "rewrites.jsonl").read_bytes() == whole
+    # The retried shard went on from its part: twice asked is only what was under way.
+    assert len(server.asked) <= 240 + 8
