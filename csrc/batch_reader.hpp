@@ -35,8 +35,9 @@ struct ReaderOptions {
   CaptionPolicy policy = CaptionPolicy::kUniform;
   std::vector<double> weights;  // one a variant, for kWeights
   std::uint32_t context_length = 77;
-  std::int32_t sot_token = 0;
+  std::int32_t sot_token = 0;  // -1: captions begin without one
   std::int32_t eot_token = 0;
+  std::int32_t pad_token = 0;
   double scale_low = 0.5, scale_high = 1.0;  // share of the image's area
   double ratio_low = 0.75, ratio_high = 4.0 / 3.0;
   bool flip = false;

@@ -85,7 +85,8 @@ class Loader:
         options.captions = data.captions
         options.weights = list(data.weights)
         options.context_length = context_length
-        options.sot_token, options.eot_token = tokenizer.sot_token, tokenizer.eot_token
+        options.sot_token = -1 if tokenizer.sot_token is None else tokenizer.sot_token
+        options.eot_token, options.pad_token = tokenizer.eot_token, tokenizer.pad_token
         options.scale_low, options.scale_high = data.crop_scale
         options.ratio_low, options.ratio_high = data.crop_ratio
         options.flip = data.flip
