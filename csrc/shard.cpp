@@ -96,6 +96,11 @@ Shard::Shard(const ShardFiles& files)
   expect(files.samples, "checksum", hex(samples.checksum), hex(files.samples_checksum),
          "laclip index");
   const std::uint64_t count = files.count;
+  const std::uint64_t most = samples_->bytes().size() / sizeof(SampleRecord);
+  if (count > most || samples.keys_bytes > samples_->bytes().size()) {
+    fail(files.samples, "counts " + std::to_string(count) + " samples, its size holds at most " +
+                            std::to_string(most) + ". Run: laclip index");
+  }
   const std::uint64_t samples_bytes = sizeof(SamplesHeader) + count * sizeof(SampleRecord) +
                                       count * sizeof(std::uint32_t) + samples.keys_bytes;
   expect(files.samples, "size in bytes", std::to_string(samples_->bytes().size()),
@@ -121,9 +126,12 @@ Shard::Shard(const ShardFiles& files)
     fail(files.captions, "has " + std::to_string(captions.token_bytes) +
                              "-byte tokens, expected 2 or 4. Run: laclip tokenize");
   }
-  if (captions.tokens > caption_position(~0u) || samples.keys_bytes > ~0u) {
-    fail(files.captions, "counts " + std::to_string(captions.tokens) +
-                             " tokens, more than a shard can hold. Run: laclip tokenize");
+  const std::uint64_t words = captions_->bytes().size() / sizeof(std::uint32_t);
+  if (captions.tokens > caption_position(~0u) || samples.keys_bytes > ~0u ||
+      (captions.variants > 0 && count > words / captions.variants)) {
+    fail(files.captions, "counts " + std::to_string(captions.tokens) + " tokens and " +
+                             std::to_string(captions.variants) +
+                             " variants, more than it holds. Run: laclip tokenize");
   }
   variants_ = captions.variants;
   token_bytes_ = captions.token_bytes;
