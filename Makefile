@@ -46,7 +46,8 @@ $(VENV)/.packages: requirements/common.txt requirements/cpu.txt requirements/cud
 
 $(VENV)/.ready: $(VENV)/.packages $(NATIVE)
 	@echo "laclip set-up: building laclip._native"
-	@$(BIN)pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	@out=$$($(BIN)pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e . 2>&1) \
+	  || { echo "$$out" >&2; exit 1; }
 	@$(PY) requirements/build_deepspeed_op.py
 	@touch $@
 

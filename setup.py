@@ -53,9 +53,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["laclip", "laclip.prepare", "laclip.rewrite", "laclip.kernels"],
+    packages=["laclip", "laclip.prepare", "laclip.rewrite", "laclip.vocab", "laclip.kernels"],
     package_dir={"laclip": "laclip", "laclip.kernels": "kernels"},
-    package_data={"laclip": ["vocab/*", "report/*"]},
+    package_data={"laclip.vocab": ["*"]},
     ext_modules=[Extension("laclip._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

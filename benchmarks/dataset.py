@@ -3,8 +3,8 @@
     python benchmarks/dataset.py [index] [tokenize] [open]
 
 tokenize compares with Hugging Face tokenizers: put them on PYTHONPATH from an environment of their
-own. Records go to benchmarks/results/dataset.json. Both sides run in turn on the same files, on one
-core, from the page cache; their results are checked to be equal first.
+own. Records go to benchmarks/results/dataset.jsonl. Both sides run in turn on the same files, on
+one core, from the page cache; their results are checked to be equal first.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import gzip
 import io
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -25,9 +24,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from harness import Record, append, facts
 from PIL import Image
 
-import laclip
 from laclip import _native
 from laclip.dataset import SAMPLE_RECORD, open_dataset
 from laclip.prepare.folder import samples_summary, write_manifest
@@ -35,7 +34,7 @@ from laclip.prepare.index import index
 from laclip.prepare.tokenize import MAX_TOKENS, tokenize
 from laclip.tokenizer import VOCABULARY
 
-RESULTS = Path(__file__).parent / "results" / "dataset.json"
+RESULTS = Path(__file__).parent / "results" / "dataset.jsonl"
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji" / "train"
 SHARDS, DISTINCT, SHARD_SAMPLES = 41_400, 207, 2_000
 
@@ -57,31 +56,15 @@ def measure(functions, rounds):
     return times
 
 
-def record(name, shape, seconds, amount, unit, **more):
-    """One case, with the fields that every benchmark of this project has."""
-    low, median, high = np.percentile(seconds, [20, 50, 80])
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    result = {
-        "name": name,
-        "shape": shape,
-        "dtype": "-",
-        "median": median,
-        "p20": low,
-        "p80": high,
-        "throughput": amount / median,
-        "unit": unit,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "machine": f"{cpu}, {os.cpu_count()} cores, shared",
-        "versions": {"laclip": laclip.__version__, "python": platform.python_version()},
-        "commit": commit,
-        **more,
-    }
-    print(f"{name:24} {shape:44} {result['throughput']:12,.3f} {unit}")
-    return result
+def record(subject, name, shape, seconds, amount, unit, **extra):
+    """One case in the harness's form; times in milliseconds."""
+    low, median, high = np.percentile(seconds, [20, 50, 80]).tolist()
+    print(f"{name:24} {shape!s:56} {amount / median:12,.3f} {unit}")
+    times = median * 1e3, low * 1e3, high * 1e3, len(seconds)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    clock = {"clock": "processor", **extra}
+    rate = (amount / median, unit, memory, None, clock)
+    return Record(subject, name, shape, "-", *times, *rate, **facts("cpu"))
 
 
 def words(rng, count):
@@ -134,9 +117,9 @@ def bench_index(folder, rng):
     times = measure(
         [lambda: _native.scan_tar(str(path)), lambda: python_scan(path), read_only], rounds=7
     )
-    shape = f"{size / 1e6:.0f} MB tar, 4,000 images"
+    shape = {"tar_bytes": size, "images": 4_000}
     return [
-        record(name, shape, own, size / 1e9, "GB/s")
+        record("index", name, shape, own, size / 1e9, "GB/s")
         for name, own in zip(
             ("index scan + XXH64", "tarfile + Pillow", "read alone"), times, strict=True
         )
@@ -220,11 +203,11 @@ def bench_tokenize(folder, rng):
     )
     count = samples * (1 + len(variants))
     average = statistics.mean(len(text) for text in words(rng, 1000))
-    shape = f"{count:,} captions of {average:.0f} characters by key"
-    size = sum((folder / f"00000.{kind}").stat().st_size for kind in ("samples", "captions"))
+    shape = {"captions": count, "characters": round(average)}
+    disk = sum((folder / f"00000.{k}").stat().st_size for k in ("samples", "captions")) / samples
     return [
-        record("laclip tokenize", shape, ours, count, "captions/s", bytes_a_sample=size / samples),
-        record("dict + HF tokenizers", shape, rival, count, "captions/s"),
+        record("tokenize", "laclip tokenize", shape, ours, count, "captions/s", disk=disk),
+        record("tokenize", "dict + HF tokenizers", shape, rival, count, "captions/s", disk=0.0),
     ]
 
 
@@ -275,10 +258,13 @@ print(opened, after - before, time.process_time() - begin, resident() - before, 
         ).stdout
         runs.append([float(x) for x in out.split()])
     opened, memory, each, end_memory, samples = zip(*runs, strict=True)
-    shape = f"{SHARDS:,} shards, {samples[0]:,.0f} samples, 1,024 open files"
+    shape = {"shards": SHARDS, "samples": int(samples[0]), "open_files_allowed": 1024}
+    unit = "shards/s"
     return [
-        record("open_dataset", shape, opened, SHARDS, "shards/s", resident_mib=max(memory)),
-        record("map and read each", shape, each, SHARDS, "shards/s", resident_mib=max(end_memory)),
+        record("open", "open_dataset", shape, opened, SHARDS, unit, resident_mib=max(memory)),
+        record(
+            "open", "map and read each", shape, each, SHARDS, unit, resident_mib=max(end_memory)
+        ),
     ]
 
 
@@ -287,15 +273,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=list(cases), choices=cases)
     chosen = parser.parse_args().cases
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in chosen:
         folder = Path(tempfile.mkdtemp(prefix="laclip-bench-"))
         try:
-            old[name] = cases[name](folder, random.Random(0))
+            append(cases[name](folder, random.Random(0)), RESULTS)
         finally:
             shutil.rmtree(folder)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(old, indent=1) + "\n")
 
 
 if __name__ == "__main__":

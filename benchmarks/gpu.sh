@@ -5,7 +5,8 @@
 #
 # Results go to FOLDER (default: $OUT, else benchmarks/results). PYTHON names the interpreter
 # (default: .venv's where there is one); RIVALS a folder with open_clip, inf_cl and siglip_kernel
-# (default: installed there by pip, where a package index answers). A failing test stops it all.
+# (default: installed there by pip, where a package index answers); SWEEP options for the sweep, such
+# as "--dims 768 --sizes 32768" where time is short. A failing test stops it all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "${1:-${OUT:-benchmarks/results}}")
@@ -65,7 +66,7 @@ for step in "${steps[@]}"; do
     ;;
   sweep)
     PYTHONPATH="$rivals${PYTHONPATH:+:$PYTHONPATH}" \
-      "$python" benchmarks/loss.py --out "$folder/loss_gpu.jsonl"
+      "$python" benchmarks/loss.py --out "$folder/loss_gpu.jsonl" ${SWEEP:-}
     ;;
   tune)
     "$python" benchmarks/tune_loss.py --out "$folder/loss_tiles.jsonl"

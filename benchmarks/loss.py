@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import ROOT, Case, Record, append, compare, load, table
+
 from laclip.kernels import clip_loss, siglip_loss
 
 Loss = Callable[..., torch.Tensor]
@@ -63,6 +64,7 @@ def clip_losses(device: str) -> dict[str, Loss]:
     if module := load_open_clip_loss():
         losses["open_clip eager"] = autocast_open_clip(module.ClipLoss(), device)
         if device == "cuda":
+            torch._dynamo.config.recompile_limit = 256  # one compilation a shape, not eager
             compiled = torch.compile(module.ClipLoss(), dynamic=False)
             losses["open_clip compiled"] = autocast_open_clip(compiled, device)
     if device == "cuda" and (inf_cl := installed("inf_cl")):
@@ -120,8 +122,15 @@ def errors(loss: str, losses: dict[str, Loss], batch: int, dim: int, dtype, devi
         leaves = make_inputs(loss, kind, batch, dim, dtype, device)
         exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
         exact = torch.autograd.grad(reference(*exact_leaves), exact_leaves[0])[0]
-        for name, function in losses.items():
-            gradient = torch.autograd.grad(function(*leaves), leaves[0])[0].double()
+        for name, function in list(losses.items()):
+            try:
+                gradient = torch.autograd.grad(function(*leaves), leaves[0])[0].double()
+            except Exception as problem:
+                if name.startswith("laclip"):
+                    raise
+                print(f"loss: {name} does not run here and is left out: {problem}", file=sys.stderr)
+                del losses[name]
+                continue
             error = float((gradient - exact).norm() / exact.norm())
             found.setdefault(name, {})[f"error {kind}"] = error
             if name.startswith("laclip") and not error < 1e-2:
@@ -154,7 +163,7 @@ def cases_for(loss: str, function: Loss, name: str, batch: int, dim: int, dtype,
         return function(*leaves), leaves
 
     def both(leaves):
-        return torch.autograd.grad(function(*leaves), leaves)
+        return torch.autograd.grad(function(*leaves), leaves, allow_unused=True)
 
     rates = {"unit": "TFLOP/s", "divisor": 1e12}
     pick = lambda turn: sets[turn % copies]  # noqa: E731
@@ -163,10 +172,8 @@ def cases_for(loss: str, function: Loss, name: str, batch: int, dim: int, dtype,
         Case(f"{name}: both", both, pick, total, **rates),
     ]
     if loss == "clip":
-        backward = Case(
-            f"{name}: backward", lambda s: torch.autograd.grad(*s), make_graph, 3 * product, **rates
-        )
-        steps.insert(1, backward)
+        backward = lambda graph: torch.autograd.grad(*graph, allow_unused=True)  # noqa: E731
+        steps.insert(1, Case(f"{name}: backward", backward, make_graph, 3 * product, **rates))
     return steps
 
 
@@ -191,7 +198,7 @@ def plot(records: list[Record], path: Path) -> None:
             batches, times, memory = zip(*line)
             axes[0][column].plot(batches, times, marker="o", label=name.removesuffix(": both"))
             axes[1][column].plot(batches, memory, marker="o")
-        axes[0][column].set_title(f"{panel[0]} loss, dim {panel[1]}, {panel[2]}")
+        axes[0][column].set_title(f"{panel[0]}, dim {panel[1]}, {panel[2]}")
         axes[0][column].set_ylabel("forward + backward, ms")
         axes[1][column].set_ylabel("memory beyond inputs, MiB")
         axes[0][column].legend(fontsize=8)

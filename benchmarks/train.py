@@ -1,41 +1,43 @@
-"""Training steps a second against open_clip's, on the same weights, images and captions.
+"""The training step against open_clip's: same weights, images, captions, precision, machine.
 
-python requirements/oracles.py benchmarks/train.py [--models vit_b_32 ...] [--batch 32]
+python requirements/oracles.py benchmarks/train.py [--models vit_b_32 ...] [--out FILE]
 """
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
-from laclip.kernels import clip_loss
+from harness import Case, append, compare, table
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from laclip.config import PRESETS, ModelConfig, TextConfig, VisionConfig
+from laclip.config import PRESETS, DataConfig, ModelConfig, TextConfig, VisionConfig
 from laclip.convert import to_laclip
+from laclip.dataset import open_dataset
+from laclip.kernels import clip_loss
+from laclip.loader import Loader
 from laclip.model import build_model, compile_blocks, training_flops
 from laclip.optimizer import build_optimizer
+from laclip.tokenizer import load_tokenizer
 
 VOCABULARY, EOT, CONTEXT = 49408, 49407, 77
-MODELS = ("vit_b_32", "vit_b_16", "vit_l_14")
-# A model that two CPU cores can train: half of open_clip's ViT-S-32-alt in depth.
+# Batches for 80 GB; `small` is what two CPU cores can train.
+BATCHES = {"vit_b_32": 1024, "vit_b_16": 512, "vit_l_14": 192, "small": 16}
 SMALL = {
     "embed_dim": 256,
     "vision": {"patch_size": 32, "width": 384, "depth": 6, "heads": 6},
     "text": {"width": 256, "depth": 6, "heads": 4},
 }
-H100_BF16_FLOPS = 989e12  # dense, NVIDIA's data sheet
+PEAK_FLOPS = 989e12  # one H100, dense bf16, NVIDIA's data sheet
 ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
+Batch = tuple[Tensor, Tensor]
+Step = Callable[[Batch], Tensor]
 
 
 def configure(model: str) -> ModelConfig:
@@ -49,38 +51,38 @@ def configure(model: str) -> ModelConfig:
 
 def original(config: ModelConfig) -> torch.nn.Module:
     """open_clip's model of the same architecture."""
-
-    def part(tower) -> dict:
-        return {"layers": tower.depth, "width": tower.width}
-
-    head_width = config.vision.width // config.vision.heads
-    vision = {"head_width": head_width, "patch_size": config.vision.patch_size}
-    text = {"heads": config.text.heads, "vocab_size": VOCABULARY}
+    vision, text = config.vision, config.text
     return open_clip.model.CLIP(
-        config.embed_dim, part(config.vision) | vision, part(config.text) | text
+        config.embed_dim,
+        {
+            "layers": vision.depth,
+            "width": vision.width,
+            "head_width": vision.width // vision.heads,
+            "patch_size": vision.patch_size,
+        },
+        {"layers": text.depth, "width": text.width, "heads": text.heads, "vocab_size": VOCABULARY},
     )
 
 
-def draw_batch(batch: int, device: str) -> tuple[Tensor, Tensor]:
-    """Random images, and captions of 20 +- 8 tokens (web alt-text; PERFORMANCE counts 20)."""
+def draw_batch(batch: int, device: str, full: bool = False) -> Batch:
+    """Random images, and captions of 20 +- 8 tokens (about web alt-text), or of all 77."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 224, 224, generator=generator)
     lengths = (torch.randn(batch, generator=generator) * 8 + 20).clamp(5, CONTEXT).round().int()
     token_ids = torch.zeros(batch, CONTEXT, dtype=torch.int32)
-    for row, length in enumerate(lengths.tolist()):
+    for row, length in enumerate([CONTEXT] * batch if full else lengths.tolist()):
         ids = torch.randint(1, EOT - 1, (length - 2,), generator=generator)
         token_ids[row, :length] = torch.tensor([EOT - 1, *ids.tolist(), EOT])
     return images.to(device), token_ids
 
 
-def our_step(model, images: Tensor, token_ids: Tensor, precision) -> Callable[[], Tensor]:
-    device = images.device.type
+def our_step(model, precision) -> Step:
     optimizer = build_optimizer(model, learning_rate=5e-4, **ADAMW)
 
-    def step() -> Tensor:
+    def step(batch: Batch) -> Tensor:
         optimizer.zero_grad()
-        with torch.autocast(device, precision, enabled=precision is not None):
-            image_features, text_features, logit_scale = model(images, token_ids)
+        with torch.autocast(batch[0].device.type, precision, enabled=precision is not None):
+            image_features, text_features, logit_scale = model(*batch)
         loss = clip_loss(image_features, text_features, logit_scale)
         loss.backward()
         optimizer.step()
@@ -89,20 +91,19 @@ def our_step(model, images: Tensor, token_ids: Tensor, precision) -> Callable[[]
     return step
 
 
-def open_clip_step(model, images: Tensor, token_ids: Tensor, precision) -> Callable[[], Tensor]:
+def open_clip_step(model, precision) -> Step:
     """What open_clip_train does in a step: its loss, AdamW as it sets it, the scale clamped."""
-    device = images.device.type
-    token_ids = token_ids.long().to(device)
     groups: list[dict] = [{"params": [], "weight_decay": wd} for wd in (0.0, 0.2)]
     for parameter in model.parameters():
         groups[parameter.ndim >= 2]["params"].append(parameter)
-    options = {name: value for name, value in ADAMW.items() if name != "weight_decay"}
-    optimizer = torch.optim.AdamW(groups, lr=5e-4, **options)
+    optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=ADAMW["betas"], eps=ADAMW["eps"])
     loss_function = open_clip.ClipLoss()
 
-    def step() -> Tensor:
+    def step(batch: Batch) -> Tensor:
+        images, token_ids = batch
+        token_ids = token_ids.to(images.device, torch.long)
         optimizer.zero_grad()
-        with torch.autocast(device, precision, enabled=precision is not None):
+        with torch.autocast(images.device.type, precision, enabled=precision is not None):
             loss = loss_function(*model(images, token_ids))
         loss.backward()
         optimizer.step()
@@ -113,218 +114,159 @@ def open_clip_step(model, images: Tensor, token_ids: Tensor, precision) -> Calla
     return step
 
 
-def timed(step: Callable[[], Tensor], device: str) -> float:
-    """Seconds of one call: CUDA events on a GPU; on a CPU those that the process computed.
-
-    With one thread (OMP_NUM_THREADS=1) that is the wall clock of a core of one's own; others at
-    work on the machine stretch the wall clock, not this.
-    """
-    if device == "cpu":
-        begin = time.process_time()
-        step()
-        return time.process_time() - begin
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin_event.record()
-    step()
-    end_event.record()
-    end_event.synchronize()
-    return begin_event.elapsed_time(end_event) / 1e3
-
-
-def peak_memory_mib(step: Callable[[], Tensor], device: str) -> float | None:
-    """Peak of one step on a GPU; a CPU keeps no such count."""
-    if device == "cpu":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**20
-
-
-def build_steps(
-    config: ModelConfig, images: Tensor, token_ids: Tensor, precision, compiled: bool
-) -> dict[str, Callable[[], Tensor]]:
+def build_steps(config: ModelConfig, device: str, precision, compiled: bool) -> dict[str, Step]:
     """The rivals' steps, all from the same weights."""
-    device = images.device
     torch.manual_seed(0)
-    theirs = original(config).to(device)
-    weights = to_laclip(theirs.state_dict())
-    padded = token_ids.clone()  # ours on captions that fill the context: nothing to pack
-    padded[:, :-1] = padded[:, :-1].where(padded[:, :-1] != EOT, 1).clamp(min=1)
-    padded[:, -1] = EOT
+    theirs = original(config)
+    weights = theirs.state_dict()
     steps = {}
-    for name, ids, graph in (
-        ("laclip", token_ids, False),
-        ("laclip, padded", padded, False),
-        ("laclip compiled", token_ids, True),
-    ):
-        if graph and not compiled:
-            continue
-        model = build_model(config, VOCABULARY, EOT)
-        model.load_state_dict(weights)
-        model.to(device)
+    for graph in (False, True) if compiled else (False,):
+        ours = build_model(config, VOCABULARY, EOT)
+        ours.load_state_dict(to_laclip(weights))
+        ours.to(device)
+        theirs = original(config)
+        theirs.load_state_dict(weights)
+        theirs.to(device)
         if graph:
-            compile_blocks(model)
-        steps[name] = our_step(model, images, ids, precision)
-    steps["open_clip"] = open_clip_step(theirs, images, token_ids, precision)
-    if compiled:
-        twin = original(config).to(device)
-        twin.load_state_dict(theirs.state_dict())
-        steps["open_clip compiled"] = open_clip_step(
-            torch.compile(twin), images, token_ids, precision
-        )
+            compile_blocks(ours)
+            theirs = torch.compile(theirs)
+        suffix = " compiled" if graph else ""
+        steps[f"laclip{suffix}"] = our_step(ours, precision)
+        steps[f"open_clip{suffix}"] = open_clip_step(theirs, precision)
     return steps
 
 
-def check(steps: dict[str, Callable[[], Tensor]], precision) -> dict[str, float]:
-    """The first step's losses, which must agree: same weights, same batch."""
-    losses = {name: step().item() for name, step in steps.items()}
-    tolerance = 1e-4 if precision is None else 2e-2
-    for name, loss in losses.items():
-        if name != "laclip, padded" and abs(loss - losses["open_clip"]) > tolerance:
-            raise SystemExit(f"{name} disagrees with open_clip: {losses}; nothing is reported")
+def check(steps: dict[str, Step], batch: Batch, precision) -> dict[str, float]:
+    """The first losses, which must agree, or nothing is reported."""
+    losses = {name: step(batch).item() for name, step in steps.items()}
+    spread = max(losses.values()) - min(losses.values())
+    if spread > (1e-4 if precision is None else 2e-2):
+        raise SystemExit(f"the first losses disagree: {losses}; nothing is reported")
     return losses
 
 
-def breakdown(config: ModelConfig, images: Tensor, token_ids: Tensor, precision) -> dict:
-    """Milliseconds of the parts of our eager step, each forward and backward on its own."""
-    device = images.device.type
-    model = build_model(config, VOCABULARY, EOT).to(images.device)
+def counting_cpu(step: Callable[[Any], object], taken: list[float]) -> Callable[[Any], object]:
+    """Also notes the seconds that the process computed: others on the machine do not stretch them.
+
+    With one thread (OMP_NUM_THREADS=1) these are the seconds of a core of one's own.
+    """
+
+    def run(state: Any) -> object:
+        begin = time.process_time()
+        output = step(state)
+        taken.append(time.process_time() - begin)
+        return output
+
+    return run
+
+
+def real_batches(dataset: Path, size: int, batch: int, device: str) -> Iterator[Batch]:
+    loader = Loader(
+        [open_dataset(dataset)],
+        DataConfig(),
+        load_tokenizer(),
+        seed=0,
+        global_batch_size=batch,
+        image_size=size,
+        context_length=CONTEXT,
+        device=torch.device(device),
+    )
+    for loaded in loader:
+        yield loaded.images, loaded.token_ids
+
+
+def parts_of_our_step(config: ModelConfig, batch: Batch, precision) -> list[Case]:
+    """Each part of our eager step on its own, forward and backward."""
+    images, token_ids = batch
+    device = images.device
+    model = build_model(config, VOCABULARY, EOT).to(device)
     optimizer = build_optimizer(model, learning_rate=5e-4, **ADAMW)
     features = [normalize(torch.randn(len(images), config.embed_dim), dim=1) for _ in range(2)]
-    leaves = [f.to(images.device, precision).requires_grad_() for f in features]
+    leaves = [f.to(device, precision).requires_grad_() for f in features]
+    scale = torch.tensor(14.3, device=device)
 
-    def under_autocast(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with torch.autocast(device, precision, enabled=precision is not None):
+    def backward(call: Callable[[], Tensor]) -> Callable[[Any], object]:
+        def run(_turn: Any) -> None:
+            with torch.autocast(device.type, precision, enabled=precision is not None):
                 output = call()
             output.float().sum().backward()
-            return output
 
         return run
 
-    parts = {
-        "image tower": under_autocast(lambda: model.encode_image(images)),
-        "text tower": under_autocast(lambda: model.encode_text(token_ids)),
-        "loss": under_autocast(lambda: clip_loss(*leaves, torch.tensor(14.3).to(images.device))),
-        "optimizer": lambda: optimizer.step() or leaves[0],
-    }
-    times = {}
-    for name, part in parts.items():
-        part()
-        times[name] = 1e3 * statistics.median(timed(part, device) for _ in range(5))
-    return times
-
-
-def machine() -> dict:
-    """Where and with what this runs."""
-    model_name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model_name = next((s.split(": ")[1] for s in lines if s.startswith("model name")), "")
-    versions = {"python": platform.python_version(), "open_clip_torch": open_clip.__version__}
-    for package in ("torch", "triton"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "none"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    driver = None
-    if gpu:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-    return {
-        "machine": f"{model_name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "gpu": gpu,
-        "driver": driver,
-        "versions": versions,
-        "commit": commit.stdout.strip(),
-    }
-
-
-def run(model: str, batch: int, precision, rounds: int, compiled: bool, device: str) -> list[dict]:
-    config = configure(model)
-    images, token_ids = draw_batch(batch, device)
-    steps = build_steps(config, images, token_ids, precision, compiled)
-    losses = check(steps, precision)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):  # the first round warms up
-        for name, step in steps.items():
-            times[name].append(timed(step, device))
-    mean_tokens = float((token_ids != 0).sum(dim=1).float().mean())
-    records = []
-    for name, step in steps.items():
-        seconds = sorted(times[name][1:])
-        median = statistics.median(seconds)
-        record = {
-            "name": f"train step, {model}, {name}",
-            "shape": {"batch": batch, "image_size": 224, "tokens": CONTEXT},
-            "mean_caption_tokens": CONTEXT if name == "laclip, padded" else mean_tokens,
-            "dtype": str(precision or torch.float32).removeprefix("torch."),
-            "median_ms": 1e3 * median,
-            "p20_ms": 1e3 * seconds[int(0.2 * (len(seconds) - 1))],
-            "p80_ms": 1e3 * seconds[math.ceil(0.8 * (len(seconds) - 1))],
-            "rounds": rounds,
-            "throughput": batch / median,
-            "throughput_unit": "pairs/s",
-            "peak_memory_mib": peak_memory_mib(step, device),
-            "first_loss": losses[name],
-        }
-        if device == "cuda":
-            for key, tokens in (("mfu_padded", None), ("mfu_real", record["mean_caption_tokens"])):
-                flops = training_flops(config, tokens) * batch / median
-                record[key] = flops / H100_BF16_FLOPS
-        records.append(record)
-    del steps
-    parts = breakdown(config, images, token_ids, precision)
-    records.append({"name": f"train step, {model}, parts of laclip's", "parts_ms": parts})
-    return records
-
-
-def table(records: list[dict]) -> str:
-    lines = [
-        "| step | median ms | p20-p80 | pairs/s | against open_clip |",
-        "|---|---|---|---|---|",
+    return [
+        Case("part: image tower", backward(lambda: model.encode_image(images))),
+        Case("part: text tower", backward(lambda: model.encode_text(token_ids))),
+        Case("part: loss", backward(lambda: clip_loss(*leaves, scale))),
+        Case("part: optimizer", lambda _turn: optimizer.step()),
     ]
+
+
+def run(model: str, args: argparse.Namespace, device: str) -> list:
+    config, batch_size = configure(model), args.batch or BATCHES[model]
+    precision = torch.bfloat16 if args.precision == "bf16" else None
+    batch, full = (draw_batch(batch_size, device, full) for full in (False, True))
+    steps = build_steps(config, device, precision, not args.eager)
+    losses = check(steps, batch, precision)
+    tokens = float((batch[1] != 0).sum(dim=1).float().mean())
+    clocks: dict[str, list[float]] = {}
+    cases = []
+
+    def add(name: str, step: Step, prepare: Callable[[int], Batch], tokens: float | None) -> None:
+        run = counting_cpu(step, clocks.setdefault(name, []))
+        extra = {"mean_tokens": tokens, "first_loss": losses.get(name)}
+        cases.append(Case(name, run, prepare, batch_size, "pairs/s", extra=extra))
+
+    for name, step in steps.items():
+        add(name, step, lambda _turn: batch, tokens)
+    add("laclip, all captions of 77", steps["laclip"], lambda _turn: full, CONTEXT)
+    if args.data:
+        batches = real_batches(args.data, config.vision.image_size, batch_size, device)
+        best = steps.get("laclip compiled", steps["laclip"])
+        add("laclip, real data", lambda _turn: best(next(batches)), lambda turn: turn, None)  # type: ignore
+    for part in parts_of_our_step(config, batch, precision):
+        add(part.name, part.run, part.prepare, tokens)  # type: ignore[arg-type]
+    records = compare(
+        f"training step, {model}",
+        cases,
+        shape={"batch": batch_size, "image_size": config.vision.image_size, "tokens": CONTEXT},
+        dtype=args.precision,
+        device=device,
+        seconds=args.seconds,
+    )
+    rival = next(r for r in records if r.name == "open_clip")
+    cpu = {name: 1e3 * statistics.median(taken) for name, taken in clocks.items()}
     for record in records:
-        if "parts_ms" in record:
-            parts = ", ".join(f"{name} {ms:.0f}" for name, ms in record["parts_ms"].items())
-            lines.append(f"\nparts, ms: {parts}\n")
-            continue
-        prefix = record["name"].rsplit(", laclip", 1)[0].rsplit(", open_clip", 1)[0]
-        rival = next(r for r in records if r["name"] == f"{prefix}, open_clip")
-        lines.append(
-            f"| {record['name'].removeprefix('train step, ')} | {record['median_ms']:.0f} | "
-            f"{record['p20_ms']:.0f}-{record['p80_ms']:.0f} | {record['throughput']:.1f} | "
-            f"{rival['median_ms'] / record['median_ms']:.2f}x |"
-        )
-    return "\n".join(lines)
+        whole = not record.name.startswith("part: ")
+        record.throughput = record.throughput if whole else None
+        if device == "cpu":
+            record.extra["cpu_ms"] = cpu[record.name]
+            record.extra["speed_up"] = cpu["open_clip"] / cpu[record.name] if whole else None
+        elif record.median and rival.median:
+            rate = batch_size / (record.median / 1e3) / PEAK_FLOPS
+            tokens = record.extra["mean_tokens"]
+            record.extra["speed_up"] = rival.median / record.median if whole else None
+            record.extra["mfu_padded"] = training_flops(config) * rate if whole else None
+            known = whole and tokens is not None
+            record.extra["mfu_real"] = training_flops(config, tokens) * rate if known else None
+    return records
 
 
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=[*MODELS, "small"])
+    parser.add_argument("--models", nargs="+", choices=BATCHES)
     parser.add_argument("--batch", type=int, help="default: by model, for 80 GB or two cores")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32")
-    parser.add_argument("--rounds", type=int, default=20 if gpu else 7)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each case")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled steps")
-    parser.add_argument("--out", type=Path, help="a JSON file for the records")
+    parser.add_argument("--data", type=Path, help="also train on this dataset folder")
+    parser.add_argument("--out", type=Path, help="a result file that records are added to")
     args = parser.parse_args()
-    batches = {"vit_b_32": 1024, "vit_b_16": 512, "vit_l_14": 192, "small": 32}
-    precision = torch.bfloat16 if args.precision == "bf16" else None
-    records = []
-    for model in args.models or (list(MODELS) if gpu else ["small"]):
-        batch = args.batch or batches[model]
-        device = "cuda" if gpu else "cpu"
-        records += run(model, batch, precision, args.rounds, not args.eager, device)
-    here = machine()
-    print(json.dumps(here, indent=1))
-    print(table(records))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps([here | record for record in records], indent=1) + "\n")
+    for model in args.models or ([*BATCHES][:3] if gpu else ["small"]):
+        records = run(model, args, "cuda" if gpu else "cpu")
+        print(table(records))
+        if args.out:
+            append(records, args.out)
 
 
 if __name__ == "__main__":

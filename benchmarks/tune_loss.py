@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from harness import ROOT, Case, append, compare, table
+from loss import make_inputs
+
 from laclip.kernels import clip_loss, launch_table, siglip_loss
 from laclip.kernels.launch_table import Tile
-from loss import make_inputs
 
 # The EDGE pass of a sweep must own as many columns as the plain pass.
 EDGE_256, EDGE_128 = Tile(64, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3)

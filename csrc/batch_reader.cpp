@@ -211,7 +211,7 @@ void BatchReader::plan(Slot& slot) {
   batch.begin.assign(size + 1, 0);
   batch.window.resize(4 * size);
   batch.mirror.resize(size);
-  batch.token_ids.assign(batch.variants * size * length, 0);
+  batch.token_ids.assign(batch.variants * size * length, options_.pad_token);
   slot.place.resize(size);
   const std::uint64_t first = batch.index * options_.global_batch_size + options_.rank * size;
   std::shared_ptr<const EpochOrder> order;
@@ -357,14 +357,16 @@ void BatchReader::draw_window(const SampleRecord& record, std::uint64_t sample, 
   window[3] = static_cast<std::int32_t>(h);
 }
 
-// Start of text, the caption cut to fit, end of text; the rest of the row is zero already.
+// Start of text, the caption cut to fit, end of text; the rest of the row is padding already.
 void BatchReader::write_caption(const Shard& shard, std::uint32_t index, std::uint32_t variant,
                                 std::int32_t* out) const {
   const std::uint32_t flags = shard.caption_entry(index, variant);
   if ((flags & (kCaptionMissing | kCaptionShort)) != 0) variant = 0;
-  out[0] = options_.sot_token;
-  const std::size_t taken = shard.caption(index, variant, {out + 1, options_.context_length - 2});
-  out[1 + taken] = options_.eot_token;
+  const std::size_t begin = options_.sot_token < 0 ? 0 : 1;
+  if (begin == 1) out[0] = options_.sot_token;
+  const std::size_t taken =
+      shard.caption(index, variant, {out + begin, options_.context_length - begin - 1});
+  out[begin + taken] = options_.eot_token;
 }
 
 void BatchReader::read_part(Slot& slot, std::size_t part) {

@@ -35,8 +35,9 @@ struct ReaderOptions {
   CaptionPolicy policy = CaptionPolicy::kUniform;
   std::vector<double> weights;  // one a variant, for kWeights
   std::uint32_t context_length = 77;
-  std::int32_t sot_token = 0;
+  std::int32_t sot_token = 0;  // -1: captions begin without one
   std::int32_t eot_token = 0;
+  std::int32_t pad_token = 0;
   double scale_low = 0.5, scale_high = 1.0;  // share of the image's area
   double ratio_low = 0.75, ratio_high = 4.0 / 3.0;
   bool flip = false;
@@ -57,8 +58,7 @@ struct Batch {
   std::vector<std::uint8_t> mirror;     // [size] 1: flip left to right
   std::vector<std::int32_t> token_ids;  // [variants, size, context_length]
   std::uint64_t substitutes = 0;        // samples that stand in for bad ones
-  // [size] 1: the image's header is not what the index says. Such an image must not reach the
-  // decoder, whose threads do not survive it (DALI 2.4).
+  // [size] 1: the image's header is not what the index says, so its window may lie outside of it.
   std::vector<std::uint8_t> broken;
 };
 

@@ -74,6 +74,7 @@ void bind_reader(nb::module_& module) {
       .def_rw("context_length", &ReaderOptions::context_length)
       .def_rw("sot_token", &ReaderOptions::sot_token)
       .def_rw("eot_token", &ReaderOptions::eot_token)
+      .def_rw("pad_token", &ReaderOptions::pad_token)
       .def_rw("scale_low", &ReaderOptions::scale_low)
       .def_rw("scale_high", &ReaderOptions::scale_high)
       .def_rw("ratio_low", &ReaderOptions::ratio_low)

@@ -30,7 +30,7 @@ constexpr std::size_t kShortWord = 64;  // above, the heap of encode_long pays
 }  // namespace
 
 Bpe::Bpe(std::string_view merges)
-    : pairs_(kPairMask + 1), words_(kWordMask + 1), word_tokens_(kWordMask + 1, kNone) {
+    : pairs_(kPairMask + 1), byte_pairs_(kBytes * 2 * kBytes, kNone), words_(kWordMask + 1) {
   std::vector<std::string> names(2 * kBytes);  // as the file writes them
   token_bytes_.resize(2 * kBytes);
   Token token = 0;
@@ -77,12 +77,11 @@ Bpe::Bpe(std::string_view merges)
   for (Token id = kBytes; id < kStartOfText; ++id) {
     const std::string_view bytes = token_bytes_[id];
     if (!bytes.ends_with("</w>") || bytes.size() - 4 > WordKey::kMaxBytes) continue;
+    if (bytes.find('\0') != std::string_view::npos) continue;
     tokens.clear();
     encode_word(bytes.substr(0, bytes.size() - 4), tokens);
     if (tokens.size() == 1) add_word(bytes.substr(0, bytes.size() - 4), tokens[0]);
   }
-  add_word(token_bytes_[kStartOfText], kStartOfText);
-  add_word(token_bytes_[kEndOfText], kEndOfText);
 }
 
 void Bpe::add_pair(Token left, Token right, Token merged) {
@@ -90,6 +89,7 @@ void Bpe::add_pair(Token left, Token right, Token merged) {
   std::size_t slot = pair_slot(symbols);
   while (pairs_[slot].merged != kNone) slot = (slot + 1) & kPairMask;
   pairs_[slot] = {symbols, merged};
+  if (left < kBytes && right < 2 * kBytes) byte_pairs_[left * 2 * kBytes + right] = merged;
 }
 
 void Bpe::add_word(std::string_view word, Token token) {
@@ -97,9 +97,8 @@ void Bpe::add_word(std::string_view word, Token token) {
   padded.resize(word.size() + kWordPadding);
   const WordKey key = make_key(padded.data(), word.size());
   std::size_t slot = key.hash() & kWordMask;
-  while (!words_[slot].empty() && words_[slot] != key) slot = (slot + 1) & kWordMask;
-  words_[slot] = key;
-  word_tokens_[slot] = token;
+  while (words_[slot].low != 0) slot = (slot + 1) & kWordMask;
+  words_[slot] = {key.low, key.high | std::uint64_t{token} << 48};
 }
 
 void Bpe::encode_word(std::string_view word, std::vector<Token>& tokens) const {
@@ -125,7 +124,9 @@ void Bpe::encode_short(std::string_view word, std::vector<Token>& tokens) const 
     symbols[i] = byte_token_[static_cast<unsigned char>(word[i])];
   }
   symbols[count - 1] = static_cast<Token>(symbols[count - 1] + kBytes);
-  for (std::size_t i = 0; i + 1 < count; ++i) merged[i] = merge_of(symbols[i], symbols[i + 1]);
+  for (std::size_t i = 0; i + 1 < count; ++i) {
+    merged[i] = byte_pairs_[symbols[i] * 2 * kBytes + symbols[i + 1]];
+  }
   while (count > 1) {
     std::size_t best = 0;
     for (std::size_t i = 1; i + 1 < count; ++i) best = merged[i] < merged[best] ? i : best;

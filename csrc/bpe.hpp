@@ -11,15 +11,15 @@
 
 namespace laclip {
 
-// Up to 15 bytes of a word and its length, as one comparable value. The word's buffer must be
+// A word of up to 14 bytes, none of them NUL, as one comparable value. The word's buffer must be
 // readable for kWordPadding bytes past its end.
 struct WordKey {
-  static constexpr std::size_t kMaxBytes = 15;
+  static constexpr std::size_t kMaxBytes = 14;
   std::uint64_t low = 0;
-  std::uint64_t high = 0;
+  std::uint64_t high = 0;  // 48 bits
 
   bool operator==(const WordKey&) const = default;
-  bool empty() const { return high == 0; }
+  bool empty() const { return low == 0; }
   std::uint64_t hash() const {
     const auto product =
         static_cast<unsigned __int128>(low ^ 0x9e3779b97f4a7c15u) * (high ^ 0xd6e8feb86659fd93u);
@@ -43,7 +43,7 @@ inline WordKey make_key(const char* word, std::size_t bytes) {
   std::memcpy(&key.low, word, 8);
   std::memcpy(&key.high, word + 8, 8);
   key.low &= kMasks[bytes][0];
-  key.high = (key.high & kMasks[bytes][1]) | (static_cast<std::uint64_t>(bytes) << 56);
+  key.high &= kMasks[bytes][1];
   return key;
 }
 
@@ -67,8 +67,11 @@ class Bpe {
   static constexpr Token kNone = 0xffff;
   Token whole_word(const WordKey& key) const {
     for (std::size_t slot = key.hash() & kWordMask;; slot = (slot + 1) & kWordMask) {
-      if (words_[slot] == key) return word_tokens_[slot];
-      if (words_[slot].empty()) return kNone;
+      const Word& word = words_[slot];
+      if (word.low == key.low && (word.high_and_token & kHighMask) == key.high) {
+        return static_cast<Token>(word.high_and_token >> 48);
+      }
+      if (word.low == 0) return kNone;
     }
   }
 
@@ -80,6 +83,11 @@ class Bpe {
  private:
   static constexpr std::size_t kWordMask = (std::size_t{1} << 16) - 1;
   static constexpr std::size_t kPairMask = (std::size_t{1} << 17) - 1;
+  static constexpr std::uint64_t kHighMask = (std::uint64_t{1} << 48) - 1;
+  struct Word {
+    std::uint64_t low = 0;
+    std::uint64_t high_and_token = 0;
+  };
   struct Pair {
     std::uint32_t symbols = 0xffffffffu;
     Token merged = kNone;
@@ -103,8 +111,8 @@ class Bpe {
 
   std::array<Token, kBytes> byte_token_{};
   std::vector<Pair> pairs_;
-  std::vector<WordKey> words_;
-  std::vector<Token> word_tokens_;
+  std::vector<Token> byte_pairs_;  // merge_of two bytes, the second perhaps a word's last
+  std::vector<Word> words_;
   std::vector<std::string> token_bytes_;
 };
 

@@ -50,24 +50,16 @@ class Encoder {
     } else if (!clean_text(text, table_, clean_)) {
       return false;
     }
-    // Words are found some at a time before any is looked up, so that the misses of their look-ups
-    // in the memory's caches overlap.
+    // Many words are found before any is looked up, so that the misses of their look-ups in the
+    // memory's caches overlap.
     const std::size_t begin = tokens.size();
-    for (std::size_t at = 0; at < clean_.size && tokens.size() - begin < max_tokens;) {
-      std::size_t count = 0;
-      while (at < clean_.size && count < words_.size()) {
-        if (clean_.classes[at] == 0) {
-          ++at;
-          continue;
-        }
-        const std::size_t length =
-            form_ == TextForm::kWords ? separated_length(at) : word_length(clean_, at);
-        const char* word = clean_.bytes.data() + at;
-        words_[count] = {word, length};
-        keys_[count] = make_key(word, std::min(length, WordKey::kMaxBytes));
-        bpe_.prefetch(keys_[count]);
-        ++count;
-        at += length;
+    WordFinder finder(clean_);
+    while (tokens.size() - begin < max_tokens) {
+      const std::size_t count = finder.next(words_);
+      if (count == 0) break;
+      for (std::size_t i = 0; i < count; ++i) {
+        keys_[i] = make_key(words_[i].data(), std::min(words_[i].size(), WordKey::kMaxBytes));
+        bpe_.prefetch(keys_[i]);
       }
       for (std::size_t i = 0; i < count; ++i) encode_word(words_[i], keys_[i], tokens);
     }
@@ -76,14 +68,9 @@ class Encoder {
   }
 
  private:
-  std::size_t separated_length(std::size_t at) const {
-    std::size_t length = 1;
-    while (clean_.classes[at + length] != 0) ++length;
-    return length;
-  }
-
   void encode_word(std::string_view word, const WordKey& key, std::vector<Bpe::Token>& tokens) {
-    if (word.size() > WordKey::kMaxBytes) return bpe_.encode_word(word, tokens);
+    const bool has_nul = form_ == TextForm::kWords && word.find('\0') != std::string_view::npos;
+    if (word.size() > WordKey::kMaxBytes || has_nul) return bpe_.encode_word(word, tokens);
     if (const Bpe::Token token = bpe_.whole_word(key); token != Bpe::kNone) {
       tokens.push_back(token);
       return;
@@ -108,8 +95,8 @@ class Encoder {
   TextForm form_;
   WordCache cache_;
   CleanText clean_;
-  std::array<std::string_view, 32> words_;
-  std::array<WordKey, 32> keys_;
+  std::array<std::string_view, CleanText::kBlock + 1> words_;
+  std::array<WordKey, CleanText::kBlock + 1> keys_;
 };
 
 // Calls work(part, begin, end) for contiguous parts of `count` items, each on its own thread.

@@ -86,6 +86,7 @@ MappedFile::~MappedFile() {
 
 Shard::Shard(const ShardFiles& files)
     : tar_(files.tar),
+      captions_path_(files.captions),
       samples_(std::make_unique<MappedFile>(files.samples)),
       captions_(std::make_unique<MappedFile>(files.captions)) {
   const auto& samples =
@@ -95,6 +96,11 @@ Shard::Shard(const ShardFiles& files)
   expect(files.samples, "checksum", hex(samples.checksum), hex(files.samples_checksum),
          "laclip index");
   const std::uint64_t count = files.count;
+  const std::uint64_t most = samples_->bytes().size() / sizeof(SampleRecord);
+  if (count > most || samples.keys_bytes > samples_->bytes().size()) {
+    fail(files.samples, "counts " + std::to_string(count) + " samples, its size holds at most " +
+                            std::to_string(most) + ". Run: laclip index");
+  }
   const std::uint64_t samples_bytes = sizeof(SamplesHeader) + count * sizeof(SampleRecord) +
                                       count * sizeof(std::uint32_t) + samples.keys_bytes;
   expect(files.samples, "size in bytes", std::to_string(samples_->bytes().size()),
@@ -120,8 +126,17 @@ Shard::Shard(const ShardFiles& files)
     fail(files.captions, "has " + std::to_string(captions.token_bytes) +
                              "-byte tokens, expected 2 or 4. Run: laclip tokenize");
   }
+  const std::uint64_t words = captions_->bytes().size() / sizeof(std::uint32_t);
+  if (captions.tokens > caption_position(~0u) || samples.keys_bytes > ~0u ||
+      (captions.variants > 0 && count > words / captions.variants)) {
+    fail(files.captions, "counts " + std::to_string(captions.tokens) + " tokens and " +
+                             std::to_string(captions.variants) +
+                             " variants, more than it holds. Run: laclip tokenize");
+  }
   variants_ = captions.variants;
   token_bytes_ = captions.token_bytes;
+  token_count_ = static_cast<std::uint32_t>(captions.tokens);
+  keys_bytes_ = static_cast<std::uint32_t>(samples.keys_bytes);
   const std::uint64_t entries = count * variants_ + 1;
   const std::uint64_t captions_bytes =
       sizeof(CaptionsHeader) + entries * sizeof(std::uint32_t) + captions.tokens * token_bytes_;
@@ -145,7 +160,9 @@ Shard::~Shard() { ::close(tar_fd_); }
 
 std::string_view Shard::key(std::uint32_t index) const {
   const std::uint32_t begin = index == 0 ? 0 : key_end_[index - 1];
-  return {keys_ + begin, key_end_[index] - begin};
+  const std::uint32_t end = key_end_[index];
+  if (end < begin || end > keys_bytes_) return "(damaged key)";
+  return {keys_ + begin, end - begin};
 }
 
 std::size_t Shard::caption(std::uint32_t index, std::uint32_t variant,
@@ -153,6 +170,10 @@ std::size_t Shard::caption(std::uint32_t index, std::uint32_t variant,
   const std::size_t entry = static_cast<std::size_t>(index) * variants_ + variant;
   const std::uint32_t begin = caption_position(entries_[entry]);
   const std::uint32_t end = caption_position(entries_[entry + 1]);
+  if (end < begin || end > token_count_) {
+    fail(captions_path_, "is damaged at sample " + std::string(key(index)) +
+                             ": its entry points outside the tokens. Run: laclip verify");
+  }
   const std::size_t take = std::min<std::size_t>(end - begin, out.size());
   if (token_bytes_ == 2) {
     const auto* tokens = reinterpret_cast<const std::uint16_t*>(tokens_) + begin;

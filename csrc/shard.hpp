@@ -65,6 +65,7 @@ class Shard {
 
  private:
   std::string tar_;
+  std::string captions_path_;
   std::unique_ptr<MappedFile> samples_;
   std::unique_ptr<MappedFile> captions_;
   const SampleRecord* records_ = nullptr;
@@ -74,6 +75,8 @@ class Shard {
   const std::byte* tokens_ = nullptr;
   std::uint32_t variants_ = 0;
   std::uint32_t token_bytes_ = 0;
+  std::uint32_t token_count_ = 0;
+  std::uint32_t keys_bytes_ = 0;
   int tar_fd_ = -1;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <string_view>
@@ -43,16 +44,17 @@ bool starts_with(const char* text, std::string_view prefix) {  // `text` is padd
 }
 
 void resize(CleanText& clean, std::size_t capacity) {
-  if (clean.bytes.size() < capacity + kWordPadding) {
-    clean.bytes.resize(capacity + capacity / 2 + kWordPadding);
-    clean.classes.resize(capacity + capacity / 2 + kWordPadding);
+  if (clean.bytes.size() < capacity + CleanText::kBlock) {
+    clean.bytes.resize(capacity + capacity / 2 + CleanText::kBlock);
+    clean.classes.resize(capacity + capacity / 2 + CleanText::kBlock);
   }
 }
 
-void finish(CleanText& clean, std::size_t size) {
+void finish(CleanText& clean, std::size_t size, bool plain) {
   clean.size = size;
-  std::memset(clean.bytes.data() + size, 0, kWordPadding);
-  std::memset(clean.classes.data() + size, 0, kWordPadding);
+  clean.plain = plain;
+  std::memset(clean.bytes.data() + size, 0, CleanText::kBlock);
+  std::memset(clean.classes.data() + size, 0, CleanText::kBlock);
 }
 
 std::size_t append_utf8(std::uint32_t c, char* out) {
@@ -115,9 +117,10 @@ bool any(Block block) {
 }
 
 bool clean_ascii(const std::uint8_t* text, std::size_t length, CleanText& clean) {
-  static_assert(sizeof(Block) <= kWordPadding);
+  static_assert(sizeof(Block) <= CleanText::kBlock && kWordPadding <= CleanText::kBlock);
   Block refused{};
   Block ampersand{};
+  Block special{};
   for (std::size_t i = 0; i < length; i += sizeof(Block)) {
     Block c = Block{} + ' ';
     if (length - i >= sizeof(Block)) {
@@ -136,8 +139,9 @@ bool clean_ascii(const std::uint8_t* text, std::size_t length, CleanText& clean)
     refused |= (reinterpret_cast<Block>(c < ' ') & ~space) | reinterpret_cast<Block>(c == '\v') |
                reinterpret_cast<Block>(c == 0x7f);
     ampersand |= reinterpret_cast<Block>(c == '&');
+    special |= reinterpret_cast<Block>(c == '\'') | reinterpret_cast<Block>(c == '<');
   }
-  finish(clean, length);
+  finish(clean, length, !any(special));
   if (any(refused)) return false;
   for (std::size_t i = 0; any(ampersand) && i < length; ++i) {
     if (text[i] == '&' && may_be_entity(text, length, i)) return false;
@@ -152,6 +156,7 @@ bool clean_wide(const CodePoint* text, std::size_t length, const CharacterTable&
   std::uint32_t previous = 0;
   std::uint32_t starter = 0;
   std::uint8_t previous_combining = 0;
+  bool plain = true;
   for (std::size_t i = 0; i < length; ++i) {
     const std::uint32_t c = text[i];
     const std::uint32_t entry = table.entry(c);
@@ -168,14 +173,15 @@ bool clean_wide(const CodePoint* text, std::size_t length, const CharacterTable&
     if (combining == 0) starter = c;
     const auto character_class =
         static_cast<std::uint8_t>(entry >> CharacterTable::kClassShift & (kContinuation - 1));
-    const std::size_t bytes =
-        append_utf8(entry & CharacterTable::kCodePoint, clean.bytes.data() + size);
+    const std::uint32_t cleaned = entry & CharacterTable::kCodePoint;
+    plain = plain && cleaned != '\'' && cleaned != '<';
+    const std::size_t bytes = append_utf8(cleaned, clean.bytes.data() + size);
     clean.classes[size] = character_class;
     std::memset(clean.classes.data() + size + 1,
                 character_class == 0 ? 0 : character_class | kContinuation, bytes - 1);
     size += bytes;
   }
-  finish(clean, size);
+  finish(clean, size, plain);
   return true;
 }
 
@@ -188,7 +194,20 @@ void copy_words_of(const CodePoint* text, std::size_t length, CleanText& clean) 
     std::memset(clean.classes.data() + size, text[i] == ' ' ? 0 : kLetter, bytes);
     size += bytes;
   }
-  finish(clean, size);
+  finish(clean, size, true);
+}
+
+// Bit i: whether byte i of 64 has `bit` set.
+std::uint64_t mask_of(const std::uint8_t* bytes, unsigned bit) {
+  std::uint64_t mask = 0;
+  for (unsigned i = 0; i < 8; ++i) {
+    std::uint64_t eight;
+    std::memcpy(&eight, bytes + 8 * i, 8);
+    // The product gathers the lowest bits of eight bytes in its highest byte.
+    const std::uint64_t bits = (eight >> bit & 0x0101010101010101u) * 0x0102040810204080u >> 56;
+    mask |= bits << (8 * i);
+  }
+  return mask;
 }
 
 }  // namespace
@@ -239,9 +258,69 @@ void copy_words(const Text& text, CleanText& clean) {
   }
 }
 
-std::size_t word_length(const CleanText& clean, std::size_t at) {
-  const char* text = clean.bytes.data() + at;
-  const std::uint8_t* classes = clean.classes.data() + at;
+std::size_t WordFinder::next(std::array<std::string_view, CleanText::kBlock + 1>& words) {
+  std::size_t count = 0;
+  if (clean_.plain) {
+    while (count == 0 && at_ <= clean_.size) count = next_block(words);
+    return count;
+  }
+  while (at_ < clean_.size && count < words.size()) {
+    if (clean_.classes[at_] == 0) {
+      ++at_;
+      continue;
+    }
+    const std::size_t length = length_at(at_);
+    words[count++] = {clean_.bytes.data() + at_, length};
+    at_ += length;
+  }
+  return count;
+}
+
+std::size_t WordFinder::next_block(std::array<std::string_view, CleanText::kBlock + 1>& words) {
+  const std::uint8_t* classes = clean_.classes.data() + at_;
+  const std::uint64_t letter = mask_of(classes, 0);
+  const std::uint64_t number = mask_of(classes, 1);
+  const std::uint64_t other = mask_of(classes, 2);
+  const std::uint64_t continuation = mask_of(classes, 3);
+  const std::uint64_t inside = letter | number | other;
+  const std::uint64_t inside_before = inside << 1 | letter_ | number_ | other_;
+  const std::uint64_t goes_on = (letter & (letter << 1 | letter_)) |
+                                (other & (other << 1 | other_)) |
+                                (number & continuation & (number << 1 | number_));
+  std::uint64_t starts = inside & ~goes_on;
+  std::uint64_t ends = inside_before & ~goes_on;
+  letter_ = letter >> 63;
+  number_ = number >> 63;
+  other_ = other >> 63;
+
+  std::size_t count = 0;
+  const auto add = [&](std::size_t begin, std::size_t end) {
+    words[count++] = {clean_.bytes.data() + begin, end - begin};
+  };
+  const auto pop = [&](std::uint64_t& bits) {
+    const auto at = at_ + static_cast<unsigned>(std::countr_zero(bits));
+    bits &= bits - 1;
+    return at;
+  };
+  if (is_open_ && ends != 0) {
+    add(open_, pop(ends));
+    is_open_ = false;
+  }
+  while (ends != 0) {
+    const std::size_t begin = pop(starts);
+    add(begin, pop(ends));
+  }
+  if (starts != 0) {
+    open_ = pop(starts);
+    is_open_ = true;
+  }
+  at_ += CleanText::kBlock;
+  return count;
+}
+
+std::size_t WordFinder::length_at(std::size_t at) const {
+  const char* text = clean_.bytes.data() + at;
+  const std::uint8_t* classes = clean_.classes.data() + at;
   if (*text == '\'') {
     const char first = text[1];
     if (first == 's' || first == 't' || first == 'm' || first == 'd') return 2;

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <vector>
 
 namespace laclip {
@@ -64,12 +65,14 @@ class CharacterTable {
   std::vector<std::uint64_t> compositions_;
 };
 
-// A text cleaned, in lower case and UTF-8, with the class of each byte. `bytes` and `classes` hold
-// kWordPadding zeros past `size`.
+// A text cleaned, in lower case and UTF-8, with the class of each byte. Both hold kBlock zeros past
+// `size`.
 struct CleanText {
+  static constexpr std::size_t kBlock = 64;
   std::vector<char> bytes;
   std::vector<std::uint8_t> classes;
   std::size_t size = 0;
+  bool plain = true;  // no apostrophe and no '<', so that words end where the class changes
 };
 
 // Fills `clean` and returns true, or returns false where the text needs the library (ftfy) that
@@ -80,9 +83,27 @@ bool clean_text(const Text& text, const CharacterTable* table, CleanText& clean)
 // Fills `clean` from text that is clean already, its words separated by single spaces.
 void copy_words(const Text& text, CleanText& clean);
 
-// The bytes of the word that starts at `at`, by the regular expression of the original:
+// Finds the words of a text, by the regular expression of the original:
 //   <\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+
-// `at` is the first byte of a character that is not white space.
-std::size_t word_length(const CleanText& clean, std::size_t at);
+// A class per character is enough, as the characters that the table holds have one each.
+class WordFinder {
+ public:
+  explicit WordFinder(const CleanText& clean) : clean_(clean) {}
+
+  // Fills `words` and returns how many there are, or 0 at the end of the text.
+  std::size_t next(std::array<std::string_view, CleanText::kBlock + 1>& words);
+
+ private:
+  std::size_t next_block(std::array<std::string_view, CleanText::kBlock + 1>& words);
+  std::size_t length_at(std::size_t at) const;
+
+  const CleanText& clean_;
+  std::size_t at_ = 0;
+  std::size_t open_ = 0;  // where the word began that goes on in this block
+  bool is_open_ = false;
+  std::uint64_t letter_ = 0;  // 1 where the last byte of the block before was one
+  std::uint64_t number_ = 0;
+  std::uint64_t other_ = 0;
+};
 
 }  // namespace laclip

@@ -5,6 +5,7 @@ The slow twin of triton_blocks.py, function for function; the losses are written
 
 import torch
 import torch.nn.functional as F
+
 from laclip.kernels.products import product
 
 # float16 gradients of a softmax are carried times 2^14: 1/B would be subnormal at B = 32k, and

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
 from laclip.kernels import chunked, reference
 from laclip.kernels.gather import GatheredFeatures, resolve
 from laclip.kernels.inputs import (
@@ -20,7 +22,6 @@ from laclip.kernels.inputs import (
     choose_implementation,
 )
 from laclip.kernels.products import full_precision, product
-from torch.autograd.function import once_differentiable
 
 
 def block_source(implementation: str, features: torch.Tensor) -> Any:
@@ -222,15 +223,22 @@ class _ClipLoss(torch.autograd.Function):
         with full_precision(image):
             loss, sums = forward_sums(problem)
         if any(ctx.needs_input_grad):
-            ctx.problem, ctx.sums, ctx.text_shape = problem, sums, text.shape
+            *vectors, flags = sums
+            ctx.save_for_backward(
+                problem.image, problem.text, problem.logit_scale, *vectors, *flags
+            )
+            ctx.rest, ctx.text_shape = problem[3:], text.shape
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        image, text, scale, *saved = ctx.saved_tensors
+        vectors = len(Sums._fields) - 1
+        sums = Sums._make([*saved[:vectors], saved[vectors:]])
         with full_precision(gradient):
             image, text, scale = backward_products(
-                ctx.problem, ctx.sums, gradient, ctx.needs_input_grad[:3]
+                Problem(image, text, scale, *ctx.rest), sums, gradient, ctx.needs_input_grad[:3]
             )
         text = None if text is None else text.reshape(ctx.text_shape)
         return image, text, scale, None, None, None, None

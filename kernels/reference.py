@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from laclip.kernels.gather import GatherWithGradient
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from laclip.kernels import triton_kernels as kernels
 from laclip.kernels.launch_table import FLOAT32, HOPPER, HOPPER_SMALL, Tile
 from laclip.kernels.triton_blocks import ONLINE, SIGMOID, SOFTMAX
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 SHARED_LIMIT = 227 * 1024
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
 from laclip.kernels import chunked, reference
 from laclip.kernels.clip_loss import Problem, block_source
 from laclip.kernels.gather import GatheredFeatures, resolve
@@ -14,15 +16,15 @@ from laclip.kernels.inputs import (
     choose_implementation,
 )
 from laclip.kernels.products import full_precision, product
-from torch.autograd.function import once_differentiable
 
 
 def one_pass(
     problem: Problem, logit_bias: torch.Tensor, needed: tuple[bool, bool, bool, bool]
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor]:
     """The loss, and the fp32 gradients of image, text, scale and bias that are `needed`.
 
-    The text's gradient is this rank's part for all ranks' texts, `[variants, all, dim]`.
+    Across ranks the text's gradient is this rank's part for all ranks' texts, and lacks the third
+    result, a factor.
     """
     image, text, blocks = problem.image, problem.text, problem.blocks
     all_texts, first = problem.all_texts, problem.first_column
@@ -61,14 +63,14 @@ def one_pass(
     if image_sum is not None:
         blocks.combine(image_sum, coefficients, text, None, factor, image_sum)
     if text_sum is not None:
-        one = torch.ones_like(factor)
+        # Across ranks the factor waits for the sum over ranks.
+        text_factor = factor if problem.gathered is None else torch.ones_like(factor)
         for v in range(variants):
             own = text_sum[v, first : first + batch]
-            blocks.combine(own, coefficients[v : v + 1], image[None], None, one, own)
-        text_sum *= factor
+            blocks.combine(own, coefficients[v : v + 1], image[None], None, text_factor, own)
     scale_gradient, loss, bias_gradient = totals * share
     loss = torch.where(loss.isfinite(), loss, torch.nan).float()
-    return loss, [image_sum, text_sum, scale_gradient.float(), bias_gradient.float()]
+    return loss, [image_sum, text_sum, scale_gradient.float(), bias_gradient.float()], factor
 
 
 class _SiglipLoss(torch.autograd.Function):
@@ -88,7 +90,8 @@ class _SiglipLoss(torch.autograd.Function):
         )
         needed = tuple(with_gradient and need for need in ctx.needs_input_grad[:4])
         with full_precision(image):
-            loss, ctx.gradients = one_pass(problem, logit_bias.detach(), needed)
+            loss, gradients, factor = one_pass(problem, logit_bias.detach(), needed)
+        ctx.save_for_backward(*gradients, factor)
         ctx.needed, ctx.gathered, ctx.text_shape, ctx.dtype = (
             needed,
             gathered,
@@ -100,16 +103,20 @@ class _SiglipLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        image, text, scale, bias = ctx.gradients
+        image, text, scale, bias, factor = ctx.saved_tensors
         need_image, need_text, need_scale, need_bias = ctx.needed
-        image = (image * gradient).to(ctx.dtype) if need_image else None
+
+        def scaled(features):
+            return torch.mul(features, gradient, out=torch.empty_like(features, dtype=ctx.dtype))
+
+        image = scaled(image) if need_image else None
         if need_text and ctx.gathered is not None:
             ctx.gathered.start_reduce_scatter(
-                text if len(ctx.text_shape) == 3 else text[0], gradient
+                text if len(ctx.text_shape) == 3 else text[0], gradient * factor
             )
             text = torch.zeros((), dtype=ctx.dtype, device=gradient.device).expand(ctx.text_shape)
         elif need_text:
-            text = (text * gradient).to(ctx.dtype).view(ctx.text_shape)
+            text = scaled(text).view(ctx.text_shape)
         else:
             text = None
         scale = scale * gradient if need_scale else None

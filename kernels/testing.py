@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
 from laclip.kernels import clip_loss, reference, siglip_loss
 from laclip.kernels.clip_loss import Problem, backward_products, block_source, forward_sums
 from laclip.kernels.products import full_precision
@@ -201,7 +202,7 @@ def fused(
     problem = Problem(image, variants, scalars[0], None, label_smoothing, chunk_rows, blocks)
     with full_precision(image):
         if loss == "siglip":
-            value, found = one_pass(problem, scalars[1], (True, True, True, True))
+            value, found, _ = one_pass(problem, scalars[1], (True, True, True, True))
         else:
             value, sums = forward_sums(problem)
             one = torch.ones((), device=image.device)

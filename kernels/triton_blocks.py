@@ -8,10 +8,11 @@ from functools import lru_cache
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from laclip.kernels import triton_kernels as kernels
 from laclip.kernels.chunked import GAIN
 from laclip.kernels.launch_table import Tile, device_facts, sweep_splits, tile
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 SOFTMAX, ONLINE, SIGMOID = 0, 1, 2
 LN_2 = math.log(2.0)
@@ -184,38 +185,43 @@ def _gradient_pass(
     image: torch.Tensor,
     text: torch.Tensor,
     block: torch.Tensor,
-    terms: tuple[torch.Tensor, torch.Tensor],
+    modes: list[tuple[int, str, str, torch.Tensor, torch.Tensor]],
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
     flag: torch.Tensor,
     first_column: int,
-    mode: int,
-    names: tuple[str, str],
     with_gradient: bool = True,
 ) -> torch.Tensor:
-    """Fill `block` with G, plain tiles and then EDGE tiles; `[3]` fp32 sums by tiles."""
+    """Fill `block` with G, for each mode plain tiles and then EDGE tiles; three float64 sums.
+
+    A mode is its number, the names of its two tiles, and its terms by rows and by columns.
+    """
     (rows, dim), columns = image.shape, len(text)
-    plain, edge = (tile(name, image, rows, columns) for name in names)
-    edges = _edge_tiles(rows, columns, first_column, plain, edge, image.device)
-    tiles = triton.cdiv(rows, plain.rows) * triton.cdiv(columns, plain.columns)
-    parts = torch.zeros(3, tiles + len(edges), dtype=torch.float32, device=image.device)
     _, processors = device_facts(image.device)
-    for shape, taken, count, is_edge in (
-        (plain, parts, tiles, False),
-        (edge, parts[:, tiles:], len(edges), True),
-    ):
+    passes: list[tuple[int, Tile, int, torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
+    for mode, plain_name, edge_name, row_term, column_term in modes:
+        plain, edge = (tile(name, image, rows, columns) for name in (plain_name, edge_name))
+        edges = _edge_tiles(rows, columns, first_column, plain, edge, image.device)
+        tiles = triton.cdiv(rows, plain.rows) * triton.cdiv(columns, plain.columns)
+        passes.append((mode, plain, tiles, None, row_term, column_term))
+        passes.append((mode, edge, len(edges), edges, row_term, column_term))
+    # A mode that is off writes nothing, hence zeros.
+    parts = image.new_zeros(3, sum(taken[2] for taken in passes), dtype=torch.float32)
+    start = 0
+    for mode, shape, count, edge_list, row_term, column_term in passes:
         programs = min(count, processors * shape.per_processor)
         kernels.gradient_tiles[(programs,)](
             _described(image, shape.rows, shape.inner),
             _described(text, shape.columns, shape.inner),
             _described(block, shape.rows, shape.columns // shape.slabs),
-            *terms,
-            taken,
+            row_term,
+            column_term,
+            parts[:, start:],
             logit_scale,
             logit_bias,
             flag,
-            edges,
-            len(edges),
+            flag if edge_list is None else edge_list,
+            count,
             rows,
             columns,
             first_column,
@@ -225,11 +231,12 @@ def _gradient_pass(
             DIM=dim,
             SLABS=shape.slabs,
             MODE=mode,
-            EDGE=is_edge,
+            EDGE=edge_list is not None,
             GRADIENT=with_gradient,
             GAIN=GAIN[image.dtype],
             **_options(shape),
         )
+        start += count
     return parts.sum(1, dtype=torch.float64)
 
 
@@ -250,17 +257,12 @@ def softmax_gradient(
     """As chunked.softmax_gradient, on the terms of softmax_terms."""
     image, text = _aligned(image), _aligned(text)
     block = _empty_block(image, len(text))
-    scale_sum = torch.zeros((), dtype=torch.float64, device=image.device)
-    for mode, names in (
-        (SOFTMAX, ("softmax", "softmax_edge")),
-        (ONLINE, ("softmax_edge", "softmax_edge")),
-    ):
-        terms = (row_terms[mode], column_terms[mode])
-        sums = _gradient_pass(
-            image, text, block, terms, logit_scale, logit_scale, flag, first_column, mode, names
-        )
-        scale_sum += sums[0]
-    return block, scale_sum / GAIN[image.dtype]
+    modes = [
+        (SOFTMAX, "softmax", "softmax_edge", row_terms[0], column_terms[0]),
+        (ONLINE, "softmax_edge", "softmax_edge", row_terms[1], column_terms[1]),
+    ]
+    sums = _gradient_pass(image, text, block, modes, logit_scale, logit_scale, flag, first_column)
+    return block, sums[0] / GAIN[image.dtype]
 
 
 def sigmoid_gradient(
@@ -275,19 +277,10 @@ def sigmoid_gradient(
     image, text = _aligned(image), _aligned(text)
     block = _empty_block(image, len(text) if with_gradient else 256)
     nothing = torch.zeros(1, dtype=torch.int32, device=image.device)
-    terms = (logit_scale, logit_scale)  # not read
+    # The sigmoid has no terms by rows or columns.
+    modes = [(SIGMOID, "sigmoid", "sigmoid_edge", logit_scale, logit_scale)]
     sums = _gradient_pass(
-        image,
-        text,
-        block,
-        terms,
-        logit_scale,
-        logit_bias,
-        nothing,
-        first_column,
-        SIGMOID,
-        ("sigmoid", "sigmoid_edge"),
-        with_gradient,
+        image, text, block, modes, logit_scale, logit_bias, nothing, first_column, with_gradient
     )
     return block if with_gradient else None, sums
 

@@ -10,6 +10,9 @@ COMMANDS = {
     "tokenize": ("laclip.prepare.tokenize", "captions and rewrites into the caption store"),
     "verify": ("laclip.prepare.verify", "check every file of a dataset against every other"),
     "rewrite": ("laclip.rewrite.command", "make rewrites of captions with a language model"),
+    "report": ("laclip.report", "one HTML page of a run"),
+    "import": ("laclip.import_weights", "weights of other projects, for model.weights"),
+    "export": ("laclip.export_weights", "a run's weights for other projects"),
     "inspect": ("laclip.prepare.inspect", "look at a dataset, as text or as a page"),
 }
 

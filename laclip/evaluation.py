@@ -33,13 +33,14 @@ class HeldOutSet:
         self.texts: list[str] = []
         number_of: dict[tuple[int, ...], int] = {}
         text_of = []
+        start = [] if tokenizer.sot_token is None else [tokenizer.sot_token]
         for shard in range(len(dataset.shards)):
             captions = dataset.captions(shard)
             for index, record in enumerate(dataset.samples(shard).records):
                 if record["flags"] & 1:  # bad
                     continue
                 tokens = tuple(int(token) for token in captions.tokens(index, 0))
-                tokens = tokens[: context_length - 2]
+                tokens = tokens[: context_length - len(start) - 1]
                 if tokens not in number_of:
                     number_of[tokens] = len(number_of)
                     self.texts.append(tokenizer.decode(list(tokens)).strip())
@@ -48,9 +49,10 @@ class HeldOutSet:
         if not self.samples:
             raise ValueError(f"'{dataset.path}' holds no image that can be evaluated")
         self.text_of = torch.tensor(text_of)
-        self.token_ids = np.zeros((len(number_of), context_length), np.int32)
+        shape = len(number_of), context_length
+        self.token_ids = np.full(shape, tokenizer.pad_token, np.int32)
         for row, tokens in zip(self.token_ids, number_of):
-            row[: len(tokens) + 2] = (tokenizer.sot_token, *tokens, tokenizer.eot_token)
+            row[: len(start) + len(tokens) + 1] = (*start, *tokens, tokenizer.eot_token)
 
     def encoded_image(self, number: int) -> np.ndarray:
         """The encoded bytes of image `number`, uint8."""
@@ -109,7 +111,7 @@ def evaluate(
             return images
 
     def tokens_at(numbers: list[int]) -> torch.Tensor:
-        return torch.from_numpy(held_out.token_ids[numbers]).to(ranks.device)
+        return torch.from_numpy(held_out.token_ids[numbers])
 
     image_features = _encode_all(len(held_out.samples), images_at, encode_image, batch_size, ranks)
     text_features = _encode_all(len(held_out.texts), tokens_at, encode_text, batch_size, ranks)

@@ -84,31 +84,29 @@ class ImagePipeline:
         mean, std = NORMALIZATION[self.normalize]
         with pipeline:
             encoded = fn.external_source(name="encoded", device="cpu", dtype=types.UINT8, ndim=1)
+            # An image whose header does not parse makes the decoder give up while its threads still
+            # work on the batch, and the process crashes (DALI 2.4). So a parser that fails cleanly
+            # comes first, and the decoder's window depends on its result.
+            parsed = fn.peek_image_shape(encoded, adjust_orientation=False)
+            zero = fn.cast(parsed[0] * 0, dtype=types.INT32)
             if self.train:
                 anchor = fn.external_source(name="anchor", device="cpu", dtype=types.INT32, ndim=1)
                 shape = fn.external_source(name="shape", device="cpu", dtype=types.INT32, ndim=1)
                 mirror = fn.external_source(name="mirror", device="cpu", dtype=types.INT32, ndim=0)
-                images = fn.decoders.image_slice(encoded, anchor, shape, axis_names="WH", **decoder)
-                images = fn.resize(
-                    images,
-                    size=[self.image_size, self.image_size],
-                    interp_type=self.interpolation,
-                    antialias=True,
-                )
+                anchor = anchor + zero
+                size = [self.image_size, self.image_size]
             else:
                 # torchvision's Resize and CenterCrop: the longer side is cut to a whole number of
                 # pixels, half pixels of the crop's place round to even.
-                shape = fn.peek_image_shape(encoded, adjust_orientation=False)
-                short = dali_math.min(shape[0], shape[1])
-                height = self.image_size * shape[0] // short
-                width = self.image_size * shape[1] // short
-                images = fn.decoders.image(encoded, **decoder)
-                images = fn.resize(
-                    images,
-                    size=fn.cast(fn.stack(height, width), dtype=types.FLOAT),
-                    interp_type=self.interpolation,
-                    antialias=True,
-                )
+                short = dali_math.min(parsed[0], parsed[1])
+                height = self.image_size * parsed[0] // short
+                width = self.image_size * parsed[1] // short
+                anchor = fn.stack(zero, zero)
+                shape = fn.cast(fn.stack(parsed[1], parsed[0]), dtype=types.INT32)
+                size = fn.cast(fn.stack(height, width), dtype=types.FLOAT)
+            images = fn.decoders.image_slice(encoded, anchor, shape, axis_names="WH", **decoder)
+            images = fn.resize(images, size=size, interp_type=self.interpolation, antialias=True)
+            if not self.train:
                 start = [_half_to_even(length - self.image_size) for length in (width, height)]
                 images = fn.slice(
                     images,

@@ -30,7 +30,7 @@ class LoadedBatch:
 
     index: int
     images: torch.Tensor  # [batch, 3, size, size] fp32 on the device
-    token_ids: torch.Tensor  # int32 [batch, context_length], or [variants, batch, ...] for multi
+    token_ids: torch.Tensor  # int32 [batch, context_length] or [variants, batch, ...], on the host
     samples: np.ndarray  # uint64 [batch], places in the list of all samples
     drawn_variants: np.ndarray  # uint8 [batch], the caption that was drawn
     substitutes: int  # samples that stand in for bad ones
@@ -85,7 +85,8 @@ class Loader:
         options.captions = data.captions
         options.weights = list(data.weights)
         options.context_length = context_length
-        options.sot_token, options.eot_token = tokenizer.sot_token, tokenizer.eot_token
+        options.sot_token = -1 if tokenizer.sot_token is None else tokenizer.sot_token
+        options.eot_token, options.pad_token = tokenizer.eot_token, tokenizer.pad_token
         options.scale_low, options.scale_high = data.crop_scale
         options.ratio_low, options.ratio_high = data.crop_ratio
         options.flip = data.flip
@@ -153,7 +154,8 @@ class Loader:
         batch = self._in_flight.popleft()
         token_ids = torch.from_numpy(batch.token_ids)
         if self._device.type == "cuda":
-            token_ids = token_ids.pin_memory().to(self._device, non_blocking=True)
+            # They stay on the host: the text tower lays captions out without waiting for the GPU.
+            token_ids = token_ids.pin_memory()
         self._samples_read += batch.size
         return LoadedBatch(
             index=batch.index,

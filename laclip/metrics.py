@@ -80,10 +80,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def variant_shares(names: tuple[str, ...], drawn: np.ndarray) -> dict[str, float]:
-    """Share of each caption variant among the drawn ones."""
-    counts = np.bincount(drawn, minlength=len(names))
-    return {name: round(float(count) / len(drawn), 4) for name, count in zip(names, counts)}
+def variant_shares(names: tuple[str, ...], counts: np.ndarray) -> dict[str, float]:
+    """Share of each caption variant among those drawn; counts: one a variant."""
+    return {name: round(float(share), 4) for name, share in zip(names, counts / counts.sum())}
 
 
 class Progress:

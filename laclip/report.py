@@ -1,5 +1,6 @@
 """One HTML page of a run: scores, curves, held-out images with the captions found for them."""
 
+import argparse
 import html
 import io
 import json
@@ -44,6 +45,17 @@ def write_report(folder: Path) -> Path:
     temporary.write_text(render_report(folder))
     temporary.rename(page)
     return page
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not (args.run_folder / "config.toml").is_file():
+        raise FileNotFoundError(f"'{args.run_folder}' is no run folder: no config.toml there")
+    print(write_report(args.run_folder))
+    return 0
 
 
 def render_report(folder: Path) -> str:

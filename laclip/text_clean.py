@@ -179,6 +179,8 @@ def character_table():
     ):
         for match in regex.finditer(pattern, every, regex.IGNORECASE):
             classes[slice(*match.span())] |= bit
+    # A character of two classes, as U+0345 is when case does not matter, needs the pattern itself.
+    refused |= ~np.isin(classes, (0, LETTER, NUMBER, OTHER))
     for i in np.flatnonzero(classes == 0):
         refused[i] |= not (chr(i).isspace() and regex.match(r"\s", chr(i)))
     # Letters that the pattern takes for those of 's and <|startoftext|>, such as the long s.

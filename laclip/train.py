@@ -10,15 +10,13 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
 from laclip.checkpoint import (
     load_checkpoint,
@@ -99,6 +97,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     if not config.data.train:
         raise ValueError("data.train: no dataset given. Set it to a dataset's folder, or several")
     datasets = [open_dataset(path) for path in config.data.train]
+    variants = max((dataset.variants for dataset in datasets), key=len)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     torch.manual_seed(config.run.seed)
     model = build_model(
@@ -107,6 +106,13 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     if config.model.weights:
         load_weights(model, config.model.weights)
 
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            here = int(os.environ.get("LOCAL_SIZE", ranks.world_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    # DeepSpeed calls functions that torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed  # slow to import: mistakes are reported before
 
     deepspeed.init_distributed(
@@ -174,7 +180,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         print(
             f"laclip: {parameters / 1e6:.1f} M parameters, {loader.num_samples:,} samples with "
-            f"{len(datasets[0].variants)} captions each, {total_steps} steps of {batch_size} on "
+            f"{len(variants)} captions each, {total_steps} steps of {batch_size} on "
             f"{ranks.world_size} {ranks.device.type.upper()} rank(s), ZeRO-{stage}, "
             f"{config.train.precision}" + (f"; going on at step {step}" if found else ""),
             flush=True,
@@ -214,9 +220,14 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         loss, logit_scale, norm, finite = train_step(engine, batch, config, ranks, stage)
         skipped = 0 if finite else skipped + 1
         news = gather_objects(
-            (loader.take_new_bad_samples(), (stop_reasons or [""])[0], batch.substitutes)
+            (
+                loader.take_new_bad_samples(),
+                (stop_reasons or [""])[0],
+                batch.substitutes,
+                np.bincount(batch.drawn_variants, minlength=len(variants)),
+            )
         )
-        for found_bad, reason, _ in news:
+        for found_bad, reason, *_ in news:
             loader.mark_bad(found_bad)
             stopped = stopped or reason
         seconds = time.perf_counter() - begin
@@ -229,9 +240,9 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
                 "gradient_norm": norm,
                 "images_per_second": batch_size / seconds,
                 "data_wait": batch.wait_seconds / seconds,
-                "substitutes": sum(count for *_, count in news),
+                "substitutes": sum(count for _, _, count, _ in news),
                 "bad_samples": len(loader.bad_samples),
-                "variants": variant_shares(datasets[0].variants, batch.drawn_variants),
+                "variants": variant_shares(variants, sum(drawn for *_, drawn in news)),
                 "memory_mib": peak_memory_mib(ranks),
             }
             if not finite:

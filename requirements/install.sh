@@ -14,7 +14,7 @@ for candidate in ${SETUP_PYTHON:-python3.12 python3.11 python3.13 python3}; do
     break
   fi
 done
-[ -n "$python" ] || fail "needs Python 3.11, 3.12 or 3.13, found $(python3 --version 2>&1 || echo none)." \
+[ -n "$python" ] || fail "needs Python 3.11, 3.12 or 3.13, found $(python3 --version 2>/dev/null || echo none)." \
   "Install one, or name it: make train SETUP_PYTHON=/path/to/python3.12"
 command -v c++ >/dev/null || command -v g++ >/dev/null || fail \
   "needs a C++20 compiler, found neither c++ nor g++ on PATH (Debian: apt-get install g++)."
@@ -26,6 +26,7 @@ pins=requirements/cpu.txt
 if nvidia-smi >/dev/null 2>&1; then pins=requirements/cuda.txt; fi
 echo "laclip set-up: $("$python" --version), $pins (about 2.6 GB without a GPU, 6 GB with one)"
 torch=$(grep '^torch==' "$pins")
+"$venv/bin/pip" install --disable-pip-version-check -q "$(grep '^numpy==' requirements/common.txt)"
 "$venv/bin/pip" install --disable-pip-version-check -q ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
 if [ "$pins" = requirements/cpu.txt ]; then
   "$venv/bin/python" requirements/check.py --torch-only

@@ -1,5 +1,6 @@
 """Reading a dataset: what is in the sidecars, and what is refused."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -8,6 +9,8 @@ import tarfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from laclip import _native
@@ -200,3 +203,27 @@ def test_captions_before_tokenize_say_what_to_run(folder):
 def test_a_caption_out_of_range_is_an_error(sample, variant, built):
     with pytest.raises(IndexError):
         open_dataset(built).captions(0).tokens(sample, variant)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damage_behind_the_header_never_reads_outside_the_file(built, tmp_path_factory, data):
+    """Only `laclip verify` sees such damage; until then it must do no harm."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for name in ("dataset.json", "0.samples", "0.captions"):
+        content = bytearray((built / name).read_bytes())
+        if name != "dataset.json":
+            first = 64 if name == "0.samples" else 128
+            for _ in range(data.draw(st.integers(0, 6))):
+                content[data.draw(st.integers(first, len(content) - 1))] ^= data.draw(
+                    st.integers(1, 255)
+                )
+        (folder / name).write_bytes(content)
+    dataset = open_dataset(folder)
+    samples, captions = dataset.samples(0), dataset.captions(0)
+    total = len(captions.all_tokens)
+    for i in range(len(samples)):
+        with contextlib.suppress(UnicodeDecodeError):
+            assert len(samples.key(i).encode()) <= int(samples.header["keys_bytes"])
+        for variant in range(2):
+            assert len(captions.tokens(i, variant)) <= total

@@ -119,6 +119,37 @@ def test_undecodable_images_are_named_and_the_pipeline_goes_on():
         assert torch.equal(pipeline.take(), expected)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_damaged_headers_in_batches_in_flight_never_crash(train):
+    # A header that does not parse once ended the process: see ImagePipeline._build.
+    good = [photograph(120, 100, i)[0] for i in range(32)]
+    windows = np.tile(np.array([[5, 5, 80, 80]], np.int32), (32, 1))
+    extra = (windows, np.zeros(32, np.uint8)) if train else ()
+    pipeline = ImagePipeline(batch_size=32, image_size=32, train=train, device=CPU)
+    pipeline.feed(good, *extra)
+    expected = pipeline.take()
+    rng = np.random.default_rng(0)
+    failures = 0
+    for _ in range(25):
+        damaged = list(good)
+        for position in rng.choice(32, 3, replace=False):
+            image = good[position].copy()
+            image[rng.integers(0, 600, 3)] = rng.integers(0, 256, 3)
+            damaged[position] = image[: rng.integers(20, len(image))]
+        pipeline.feed(good, *extra)
+        pipeline.feed(damaged, *extra)
+        assert torch.equal(pipeline.take(), expected)
+        pipeline.feed(good, *extra)
+        try:
+            pipeline.take()
+        except DecodeError as error:
+            failures += 1
+            assert len(error.reasons) <= 3
+            pipeline.feed(good, *extra)
+        assert torch.equal(pipeline.take(), expected)
+    assert failures > 15
+
+
 def test_a_loader_started_at_k_gives_what_one_from_the_start_gives():
     straight = loader()
     batches = [next(straight) for _ in range(6)]

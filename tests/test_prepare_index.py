@@ -144,7 +144,7 @@ def test_cut_and_damaged_headers_are_never_fatal(data, kind, flags, cut, at, val
     assert found[5] or (found[1] > 0 and found[2] > 0)
 
 
-def test_bad_samples_are_flagged_with_their_reason(tmp_path):
+def test_bad_samples_are_flagged_with_their_reason(tmp_path, capsys):
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(
         ">I4sIIBBBBB", 13, b"IHDR", 1 << 30, 1 << 30, 8, 2, 0, 0, 0
     )
@@ -188,6 +188,10 @@ def test_bad_samples_are_flagged_with_their_reason(tmp_path):
     bad = table.records["flags"] & BAD != 0
     assert bad.tolist() == (table.records["reason"] > 0).tolist()
     assert open_dataset(tmp_path).shards[0].bad == 10
+    assert main(["inspect", str(tmp_path), "--bad"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[2::2] for line in lines] == [list(pair) for pair in found[1:]]
+    assert lines[0].startswith("00000.tar\tsample 1\tcaptionless\tbyte ")
 
 
 def test_two_captions_of_one_key_are_two_samples(tmp_path):
@@ -206,7 +210,7 @@ def test_keys_in_two_shards_are_counted(tmp_path, capsys):
     (tmp_path / "0.tar").write_bytes(tar_bytes(pairs("a", "b")))
     (tmp_path / "1.tar").write_bytes(tar_bytes(pairs("b", "c")))
     assert main(["index", str(tmp_path), "--jobs", "1"]) == 0
-    assert "1 keys occur more than once" in capsys.readouterr().out
+    assert "1 keys occur more than once (first: 0.tar: b and 1.tar: b)" in capsys.readouterr().out
 
 
 def test_decode_flags_what_has_a_whole_header_and_broken_pixels(tmp_path):

@@ -55,7 +55,8 @@ def write_list(path, header=True):
         columns = {"url": [p for p, _ in ROWS], "caption": [c for _, c in ROWS]}
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
         return path
-    with open(path, "w", newline="") as file:
+    coding = "utf-8-sig" if path.name == "bom.csv" else "utf-8"
+    with open(path, "w", newline="", encoding=coding) as file:
         writer = csv.writer(file)
         if header:
             writer.writerow(("Title", "filepath"))
@@ -65,7 +66,7 @@ def write_list(path, header=True):
 
 
 @pytest.mark.parametrize(
-    ("name", "header"), [("l.csv", True), ("l.csv", False), ("l.parquet", True)]
+    ("name", "header"), [("l.csv", True), ("l.csv", False), ("bom.csv", True), ("l.parquet", True)]
 )
 def test_good_rows_are_packed_and_the_others_counted(name, header, images, tmp_path):
     report = pack(tmp_path / "out", write_list(tmp_path / name, header), images, rows=5)

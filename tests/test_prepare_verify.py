@@ -112,3 +112,20 @@ def test_the_page_shows_the_very_images(tmp_path):
 def test_the_page_of_more_samples_than_there_are_shows_each_once():
     dataset = open_dataset(EMOJI / "unseen_concept")
     assert pick(dataset, 10**6, 0) == [(0, i) for i in range(dataset.num_samples)]
+
+
+@pytest.mark.parametrize("command", ["pack", "index", "tokenize", "verify", "inspect"])
+def test_help_names_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    output = capsys.readouterr().out
+    assert stop.value.code == 0 and f"usage: laclip {command}" in output
+    expected = {
+        "pack": ("--pairs", "--images", "--rows", "--jobs", "--ray"),
+        "index": ("--decode", "--force", "--jobs", "--ray"),
+        "tokenize": ("--rewrites", "--original-csv", "--join", "--drop", "--tokenizer"),
+        "verify": ("--jobs", "--ray"),
+        "inspect": ("--sample", "--bad", "--html", "--count", "--seed"),
+    }
+    for option in expected[command]:
+        assert option in output

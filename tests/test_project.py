@@ -14,7 +14,7 @@ FLOORS = [
     },
     {
         *("loader", "evaluation", "checkpoint", "plan", "report", "prepare", "rewrite"),
-        *("run_folder", "engine_settings"),
+        *("run_folder", "engine_settings", "import_weights", "export_weights"),
     },
     {"train", "cli"},
 ]

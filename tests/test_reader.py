@@ -198,6 +198,13 @@ def test_long_captions_are_cut_and_end_in_end_of_text():
     assert full.any() and (rows[full, 4] == tokenizer.eot_token).all()
 
 
+def test_a_tokenizer_without_start_token_begins_with_the_text():
+    with_start = reader(captions="original").read(0).token_ids[0]
+    without = reader(captions="original", sot_token=-1, pad_token=9).read(0).token_ids[0]
+    assert (without[:, :31] == np.where(with_start[:, 1:] == 0, 9, with_start[:, 1:])).all()
+    assert (without[:, 31] == 9).all()
+
+
 def twin_window(width, height, sample, epoch, seed, scale, ratio):
     """torchvision's RandomResizedCrop.get_params on the same random numbers."""
     for attempt in range(10):
@@ -313,6 +320,16 @@ def test_damaged_sidecars_are_refused(emoji_copy, suffix):
             for index in range(24):
                 broken.read(index)
         assert str(path) in str(error.value)
+
+
+def test_a_caption_entry_that_points_outside_is_refused(emoji_copy):
+    path = emoji_copy / "00001.captions"
+    content = bytearray(path.read_bytes())
+    content[128 + 4 * 77 : 128 + 4 * 78] = (0x3FFFFFFF).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"00001\.captions' is damaged at sample \S+: .*verify"):
+        for index in range(24):
+            reader(emoji_copy, captions="multi").read(index)
 
 
 def test_contradicting_options_are_refused():

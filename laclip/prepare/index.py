@@ -155,8 +155,17 @@ def _repeated_keys(folder: Path, shards: list[dict]) -> str:
         hashes[at : at + len(table)] = table.key_hashes()
         at += len(table)
     hashes.sort()
-    repeated = int(np.count_nonzero(hashes[1:] == hashes[:-1]))
-    return f"\n  {repeated} keys occur more than once" if repeated else ""
+    repeated = hashes[1:][hashes[1:] == hashes[:-1]]
+    if not len(repeated):
+        return ""
+    places: list[str] = []
+    for shard in shards:
+        table = SamplesTable(samples_path(folder / shard["name"]))
+        found = np.flatnonzero(table.key_hashes() == repeated[0]).tolist()
+        places += [f"{shard['name']}: {table.key(i)}" for i in found]
+        if len(places) > 1:
+            break
+    return f"\n  {len(repeated)} keys occur more than once (first: {' and '.join(places[:2])})"
 
 
 def _report(folder: Path, found: list[dict]) -> str:
@@ -171,6 +180,8 @@ def _report(folder: Path, found: list[dict]) -> str:
             entry[0] += times
     for reason, (times, first) in sorted(totals.items()):
         text += f"\n  {times} x {REASONS[reason]} (first: {first})"
+    if totals:
+        text += f"\n  all of them: laclip inspect {folder} --bad"
     others = sum(result["other_members"] for result in found)
     if others:
         text += f"\n  {others} files in the tars belong to no sample"

@@ -1,12 +1,13 @@
 """laclip inspect: look at a dataset, as text or as a page.
 
-laclip inspect FOLDER [--sample KEY] [--html PAGE.html]
+laclip inspect FOLDER [--bad] [--sample KEY] [--html PAGE.html]
 """
 
 import argparse
 import base64
 import html
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from laclip.dataset import (
     Dataset,
     open_dataset,
 )
+from laclip.prepare.captions import BINS, MAX_BYTES, read_lengths
 from laclip.prepare.folder import write_whole
-from laclip.prepare.tokenize import BINS, MAX_BYTES, read_lengths
 from laclip.tokenizer import load_tokenizer
 
 SIZES = (0, 64, 128, 256, 512, 1024, 1 << 32)  # of the shorter side, for the summary
@@ -33,6 +34,7 @@ SIZES = (0, 64, 128, 256, 512, 1024, 1 << 32)  # of the shorter side, for the su
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="a dataset")
     parser.add_argument("--sample", metavar="KEY", help="show one sample with all its variants")
+    parser.add_argument("--bad", action="store_true", help="list every bad sample")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of random samples")
     parser.add_argument("--count", type=int, default=60, help="samples on the page (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="which samples (default: 0)")
@@ -41,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     dataset = open_dataset(args.folder)
+    if args.bad:
+        for line in bad_samples(dataset):
+            print(line)
+        return 0
     viewer = Viewer(dataset, args.tokenizer)
     if args.sample is not None:
         print(viewer.describe(*find_key(dataset, args.sample)))
@@ -106,6 +112,18 @@ def summary(dataset: Dataset) -> str:
         for row in rows:
             lines.append("  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
     return "\n".join(lines)
+
+
+def bad_samples(dataset: Dataset) -> Iterator[str]:
+    """File, sample, key, place and reason of every bad sample, separated by tabs."""
+    for shard, entry in enumerate(dataset.shards):
+        if entry.bad:
+            table = dataset.samples(shard)
+            for i in np.flatnonzero(table.records["flags"] & BAD).tolist():
+                record = table.records[i]
+                place = f"byte {record['offset']}" if record["offset"] else "-"
+                reason = _reason(int(record["reason"]))
+                yield "\t".join((entry.name, f"sample {i}", table.key(i), place, reason))
 
 
 def _reason(reason: int) -> str:

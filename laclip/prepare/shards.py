@@ -127,33 +127,33 @@ def _on_ray(function, tasks) -> Iterator[tuple[int, Any]]:
 
 
 class _Progress:
-    """One line on a terminal's stderr: shards done, rate, time left. Silent elsewhere."""
+    """Tasks done, rate, time left: one line on a terminal's stderr, elsewhere a line a minute."""
 
     def __init__(self, label: str, total: int, tasks: str):
         self.label, self.total, self.tasks = label, total, tasks
-        self.done, self.amount, self.unit = 0, 0.0, ""
-        self.begin = time.monotonic()
-        self.shown = 0.0
-        self.on = sys.stderr.isatty()
+        self.done, self.amount = 0, 0.0
+        self.begin = self.shown = time.monotonic()
+        self.terminal = sys.stderr.isatty()
 
     def add(self, amount: float, unit: str) -> None:
         self.done += 1
         self.amount += amount
-        self.unit = unit
         now = time.monotonic()
-        if not self.on or (now - self.shown < 0.2 and self.done < self.total):
+        due = now - self.shown >= (0.2 if self.terminal else 60)
+        if not due and not (self.terminal and self.done == self.total):
             return
         self.shown = now
         elapsed = max(now - self.begin, 1e-9)
         left = int(elapsed / self.done * (self.total - self.done))
         rate = self.amount / elapsed
-        shown_rate = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}"
-        sys.stderr.write(
-            f"\r{self.label}: {self.done}/{self.total} {self.tasks}, {shown_rate} {self.unit}/s, "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left \x1b[K"
+        line = (
+            f"{self.label}: {self.done}/{self.total} {self.tasks}, "
+            f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.2f}'} {unit}/s, "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
+        sys.stderr.write(f"\r{line} \x1b[K" if self.terminal else f"{line}\n")
         sys.stderr.flush()
 
     def close(self) -> None:
-        if self.on and self.total:
+        if self.terminal and self.total:
             sys.stderr.write("\n")

@@ -54,6 +54,8 @@ def read_lines(path: Path) -> Iterator[str]:
                     f"iconv -f latin1 -t utf8 {path.name} > NEW"
                 ) from None
             at += len(line)
+            if number == 1:
+                text = text.removeprefix("\ufeff")  # as spreadsheets write it
             yield text.removesuffix("\n").removesuffix("\r")
 
 

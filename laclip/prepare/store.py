@@ -49,6 +49,11 @@ class TextStore:
         texts = [None if identity is None else next(answered) for identity in identities]
         return texts, np.array(found, np.int64)
 
+    def identity(self, number: int) -> str:
+        """What text `number` is found by."""
+        begin, middle, _ = self._ends[number].tolist()
+        return self._bytes[begin:middle].tobytes().decode()
+
     def _search(self, raw: bytes, place: int) -> tuple[int, int, int, int]:
         hashed = self.hashes[place]
         while place < len(self) and self.hashes[place] == hashed:

@@ -7,36 +7,32 @@ already are kept, those named here are added or replaced.
 """
 
 import argparse
-import functools
 import importlib.metadata
 import itertools
 import json
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import laclip
-from laclip import _native
-from laclip.dataset import (
-    CAPTION_MISSING,
-    CAPTION_SHORT,
-    CAPTIONS_HEADER,
-    POSITION_MASK,
-    CaptionsTable,
-    SamplesTable,
-    checksum_hex,
-    open_dataset,
+from laclip.dataset import checksum_hex, open_dataset
+from laclip.prepare.captions import (
+    BINS,
+    CONTEXT_TOKENS,
+    JOURNAL,
+    MAX_TOKENS,
+    Source,
+    VariantCount,
+    tokenize_shard,
 )
 from laclip.prepare.folder import (
     remove_leftovers,
     samples_summary,
-    seal,
     temporary_name,
     write_manifest,
-    write_whole,
 )
 from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 from laclip.prepare.sources import read_rewrites
@@ -44,39 +40,6 @@ from laclip.prepare.store import TextStore, build_store
 from laclip.tokenizer import load_tokenizer
 
 RULES = 1  # of turning texts into entries
-MAX_TOKENS = 512  # kept of one caption: far beyond any context, so that none can bloat the store
-MAX_BYTES = 1 << 16  # read of one caption in a tar
-CONTEXT_TOKENS = 75  # a context of 77 holds so many; longer captions are counted in the report
-BINS = (0, 1, 6, 11, 21, 41, 76)  # of the histogram of lengths
-JOURNAL = ".tokenize.journal"  # what a run has done so far; gone once dataset.json is written
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one variant comes from."""
-
-    name: str
-    kind: str  # "txt": KEY.txt | "json": a field of KEY.json | "store" | "keep": the old captions
-    place: str = ""  # the field, or the folder of the store
-    old: int = 0  # number of the variant in the old captions
-    identity: str = "key"  # what a store is asked by: key | row | path | caption
-    checksum: int = 0  # of a store's texts
-
-
-@dataclass
-class VariantCount:
-    """What went into one variant."""
-
-    missing: int = 0
-    short: int = 0
-    over_context: int = 0
-    cut: int = 0
-    not_utf8: int = 0
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(len(BINS), np.int64))
-
-    def add(self, other: "VariantCount") -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,9 +131,13 @@ def tokenize(
     work.mkdir()
     try:
         sources = _sources(dataset, kept, rewrites, original_csv, join, work, jobs)
-        checksums, counts, used = _write_captions(
+        checksums, counts, unmatched = _write_captions(
             dataset, sources, tokenizer, fingerprint, jobs, ray
         )
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(folder)  # a full disk has no name of its own
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     variants = [source.name for source in sources]
@@ -185,7 +152,7 @@ def tokenize(
             f"{folder}: another process changed it meanwhile. Run laclip tokenize again"
         )
     (folder / JOURNAL).unlink(missing_ok=True)
-    return _report(folder, dataset.num_samples, sources, counts, used)
+    return _report(folder, dataset.num_samples, sources, counts, unmatched)
 
 
 def _sources(dataset, kept, rewrites, original_csv, join, work: Path, jobs: int) -> list[Source]:
@@ -226,7 +193,8 @@ def _build(place: Path, path: Path, original_csv: Path | None, join: str) -> tup
 def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
     """Run the shards that are left.
 
-    Returns the checksum of each shard's file, and the counts and found texts of every variant.
+    Returns the checksum of each shard's file; of every variant the counts; and how many of its
+    rewrites no sample took, with the first of them.
     """
     seen = [(s.name, s.kind, s.old, s.identity, s.checksum) for s in sources]
     fields = [s.place for s in sources if s.kind == "json"]
@@ -263,7 +231,12 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
         for mask, numbers in zip(used, found, strict=True):
             if mask is not None:
                 mask[numbers] = True
-    return checksums, counts, used
+    unmatched = []
+    for source, mask in zip(sources, used, strict=True):
+        left = np.flatnonzero(np.zeros(0, bool) if mask is None else ~mask)
+        first = TextStore(Path(source.place)).identity(int(left[0])) if len(left) else ""
+        unmatched.append((None if mask is None else len(left), first))
+    return checksums, counts, unmatched
 
 
 def _read_journal(path: Path, plan: str) -> dict[str, str]:
@@ -275,223 +248,22 @@ def _read_journal(path: Path, plan: str) -> dict[str, str]:
     return {f[1]: f[2] for f in fields if len(f) == 4 and f[0] == plan and f[3] == "."}
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(spec: str):
-    return load_tokenizer(spec)
-
-
-@functools.lru_cache(maxsize=64)
-def _store(place: str) -> TextStore:
-    return TextStore(Path(place))
-
-
-def tokenize_shard(folder: Path, shard, sources, tokenizer: str, plan: str, done: str | None):
-    """Write the .captions file of one shard.
-
-    Returns the file's checksum; for every variant, its counts and the numbers of the texts that
-    were used; and how many captions were written.
-    """
-    samples = SamplesTable(folder / f"{shard.stem}.samples")
-    if f"{int(samples.header['checksum']):016x}" != shard.samples_checksum:
-        raise ValueError(f"{samples.path}: not as dataset.json says. Run: laclip index {folder}")
-    path = folder / f"{shard.stem}.captions"
-    texts_of = _ShardTexts(folder / shard.name, samples)
-    tokens_of: list[Any] = []
-    counts, found = [], []
-    old = None
-    for source in sources:
-        count = VariantCount()
-        numbers = np.zeros(0, np.int64)
-        if source.kind == "keep":
-            if done is None or old is not None or not _has_checksum(path, done):
-                old = old or _old_captions(path, shard)
-                tokens_of.append(_kept(old, source.old))
-            else:
-                tokens_of.append(None)
-        else:
-            if source.kind == "store":
-                texts, numbers = _store(source.place).find(texts_of.identities(source.identity))
-            else:
-                texts, count.not_utf8 = texts_of.read(source.kind, source.place)
-            tokens_of.append(_encode(texts, tokenizer, count))
-        counts.append(count)
-        found.append(numbers)
-    if done is None or not _has_checksum(path, done):
-        done = _write(path, samples, tokens_of, _tokenizer(tokenizer), plan, shard.name)
-    table = CaptionsTable(path)
-    for variant, count in enumerate(counts):
-        _count(table, variant, count)
-    return done, counts, found, len(samples) * len(sources)
-
-
-def _has_checksum(path: Path, checksum: str) -> bool:
-    try:
-        return f"{int(CaptionsTable(path).header['checksum']):016x}" == checksum
-    except (FileNotFoundError, ValueError):
-        return False
-
-
-def _old_captions(path: Path, shard) -> CaptionsTable:
-    table = CaptionsTable(path)
-    if f"{int(table.header['checksum']):016x}" != shard.captions_checksum:
-        raise ValueError(
-            f"{path}: not as dataset.json says: another run of laclip tokenize stopped halfway. "
-            "Finish it with its own arguments, or name the files of all variants again"
-        )
-    return table
-
-
-def _kept(old: CaptionsTable, variant: int):
-    """(lengths, tokens, flags) of one variant of existing captions."""
-    begin = (old.entries[:-1] & POSITION_MASK).astype(np.int64)
-    length = np.diff(old.entries & POSITION_MASK).astype(np.int64)
-    chosen = slice(variant, None, old.variants)
-    starts, lengths = begin[chosen], length[chosen]
-    places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-    return lengths, old.all_tokens[places], old.entries[:-1][chosen] & ~np.uint32(POSITION_MASK)
-
-
-def _encode(texts: list[str | None], tokenizer: str, count: VariantCount):
-    """(lengths, tokens, flags) of texts; None and blank ones are missing and empty."""
-    flags = np.zeros(len(texts), np.uint32)
-    cleaned = []
-    for i, text in enumerate(texts):
-        words = text.split(None, 1) if text else ()
-        if not words:
-            flags[i] = CAPTION_MISSING
-        elif len(words) < 2:
-            flags[i] = CAPTION_SHORT
-        cleaned.append(text[:MAX_BYTES] if words and text else "")
-    tokens, offsets = _tokenizer(tokenizer).encode_ragged(cleaned, max_tokens=MAX_TOKENS)
-    lengths = np.diff(offsets).astype(np.int64)
-    count.cut = int(np.count_nonzero(lengths == MAX_TOKENS))
-    return lengths, tokens, flags
-
-
-def _write(path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, name: str) -> str:
-    variants = len(tokens_of)
-    lengths = np.column_stack([lengths for lengths, _, _ in tokens_of])  # [count, variants]
-    flags = np.column_stack([flags for _, _, flags in tokens_of])
-    token_bytes = 2 if tokenizer.vocab_size <= 1 << 16 else 4
-    total = int(lengths.sum())
-    if total > POSITION_MASK:
-        raise ValueError(
-            f"{path}: {total} tokens, a shard holds at most {POSITION_MASK}. Use smaller shards"
-        )
-    entries = np.zeros(lengths.size + 1, np.uint32)
-    ends = np.cumsum(lengths.ravel())
-    entries[1:] = ends
-    entries[:-1] |= flags.ravel()
-    tokens = np.empty(total, "<u2" if token_bytes == 2 else "<u4")
-    starts = (ends - lengths.ravel()).reshape(lengths.shape)
-    for variant, (count, own, _) in enumerate(tokens_of):
-        inside = np.arange(len(own)) - np.repeat(np.cumsum(count) - count, count)
-        tokens[np.repeat(starts[:, variant], count) + inside] = own
-    header = np.zeros((), CAPTIONS_HEADER)
-    header["magic"], header["version"], header["header_bytes"] = b"LACLIPCP", 1, 128
-    header["count"], header["variants"] = len(samples), variants
-    header["token_bytes"], header["tokens"] = token_bytes, total
-    header["samples_checksum"] = samples.header["checksum"]
-    header["tokenizer"] = tokenizer.fingerprint.encode()
-    sealed = seal(header, [entries.tobytes(), tokens.tobytes()])
-    # Before the rename: then a run that dies between the two finds either file and knows it.
-    checksum = f"{int(header['checksum']):016x}"
-    with open(path.parent / JOURNAL, "ab") as journal:
-        journal.write(f"{plan}\t{name}\t{checksum}\t.\n".encode())
-    write_whole(path, sealed)
-    return checksum
-
-
-def _count(table: CaptionsTable, variant: int, count: VariantCount) -> None:
-    entries = table.entries[variant : table.count * table.variants : table.variants]
-    lengths = np.diff(table.entries & POSITION_MASK)[variant :: table.variants]
-    count.missing = int(np.count_nonzero(entries & CAPTION_MISSING))
-    count.short = int(np.count_nonzero(entries & CAPTION_SHORT))
-    count.over_context = int(np.count_nonzero(lengths > CONTEXT_TOKENS))
-    count.lengths = read_lengths(table, variant)
-
-
-def read_lengths(table: CaptionsTable, variant: int) -> np.ndarray:
-    """How many captions of a variant have so many tokens, int64 [len(BINS)]; missing ones apart."""
-    entries = table.entries[variant : table.count * table.variants : table.variants]
-    lengths = np.diff(table.entries & POSITION_MASK)[variant :: table.variants]
-    present = lengths[entries & CAPTION_MISSING == 0]
-    bins = np.searchsorted(BINS, present, side="right") - 1
-    return np.bincount(bins, minlength=len(BINS)).astype(np.int64)
-
-
-class _ShardTexts:
-    """The texts that lie in a tar, by the samples' order; each kind is read once."""
-
-    def __init__(self, tar: Path, samples: SamplesTable):
-        self.tar, self.samples = tar, samples
-        self.keys = samples.keys()
-        self._members: dict[str, dict[str, bytes]] = {}
-
-    def _member(self, extension: str) -> dict[str, bytes]:
-        if extension not in self._members:
-            found: dict[str, bytes] = {}
-            for key, data in _native.read_tar_texts(str(self.tar), extension, MAX_BYTES):
-                found.setdefault(key, data)
-            self._members[extension] = found
-        return self._members[extension]
-
-    def read(self, kind: str, place: str) -> tuple[list[str | None], int]:
-        """Texts of KEY.txt, or of a field of KEY.json, and how many were not UTF-8."""
-        if kind == "json":
-            return self._field(place), 0
-        members = self._member("txt")
-        texts: list[str | None] = []
-        broken = 0
-        for key in self.keys:
-            data = members.get(key)
-            if data is None:
-                texts.append(None)
-                continue
-            text = data.decode(errors="replace")
-            # A caption of MAX_BYTES was cut there, perhaps inside a character.
-            broken += "�" in text[:-1] and "�".encode() not in data
-            texts.append(text)
-        return texts, broken
-
-    def _field(self, name: str) -> list[str | None]:
-        members = self._member("json")
-        values: list[str | None] = []
-        for key in self.keys:
-            value = None
-            if key in members:
-                try:
-                    value = json.loads(members[key]).get(name)
-                except (ValueError, AttributeError):
-                    raise ValueError(f"{self.tar}: {key}.json is not a JSON object") from None
-            values.append(value if isinstance(value, str) else None)
-        return values
-
-    def identities(self, kind: str) -> list[str | None]:
-        if kind == "key":
-            return list(self.keys)
-        if kind == "row":
-            rows = self.samples.records["row"].tolist()
-            return [str(row) if row != 0xFFFFFFFF else None for row in rows]
-        if kind == "path":
-            return self._field("laclip_path")
-        return self.read("txt", "")[0]
-
-
-def _report(folder: Path, samples: int, sources, counts, used) -> str:
-    lines = [f"{folder}: {samples} samples x {len(sources)} variants"]
+def _report(folder: Path, samples: int, sources, counts, unmatched) -> str:
     head = ["variant", "missing", "short", f">{CONTEXT_TOKENS}", "not UTF-8", "unmatched"]
     labels = [f"{a}-{b - 1}" for a, b in itertools.pairwise(BINS[1:])]
-    head += ["0", *labels, f"{BINS[-1]}+"]
-    rows = [head]
-    for source, count, mask in zip(sources, counts, used, strict=True):
-        unmatched = "" if mask is None else str(int(np.count_nonzero(~mask)))
+    rows = [[*head, "0", *labels, f"{BINS[-1]}+"]]
+    notes = []
+    for source, count, (left, first) in zip(sources, counts, unmatched, strict=True):
         numbers = [count.missing, count.short, count.over_context, count.not_utf8]
-        rows.append([source.name, *map(str, numbers), unmatched, *map(str, count.lengths)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        shown = "" if left is None else str(left)
+        rows.append([source.name, *map(str, numbers), shown, *map(str, count.lengths)])
+        if left:
+            notes.append(f"  {source.name}: no sample for the rewrite of {first[:80]!r}")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [f"{folder}: {samples} samples x {len(sources)} variants"]
     for row in rows:
         lines.append("  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
     lines.append(
         "  (the last columns count captions by tokens; unmatched: rewrites that no sample took)"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes])

@@ -112,7 +112,7 @@ laclip::CharacterTable make_table() {
   std::mt19937 generator(1);
   const auto random = [&] { return static_cast<std::uint32_t>(generator()); };
   for (std::uint32_t c = 0; c < entries.size(); ++c) {
-    entries[c] = (c % 7 == 0 ? random() % 0x20000 : c) | (random() % 8) << 21;
+    entries[c] = (c % 7 == 0 ? 1 + random() % 0x1ffff : c) | (random() % 8) << 21;
     if (random() % 8 == 0) entries[c] |= (random() % 16) << 24;
     if (random() % 16 == 0) entries[c] |= random() & (3u << 28);
     if (random() % 16 == 0) entries[c] |= laclip::CharacterTable::kRefused;

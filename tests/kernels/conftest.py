@@ -8,8 +8,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import laclip.kernels.testing  # noqa: F401
 import pytest
+
+import laclip.kernels.testing  # noqa: F401
 
 
 @pytest.fixture

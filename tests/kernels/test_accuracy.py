@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from laclip.kernels.testing import FLOORS, assert_as_exact_as_plain, fused, inputs, plain, truth
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

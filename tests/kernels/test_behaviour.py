@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+
 from laclip.kernels import clip_loss, reference, siglip_loss
 from laclip.kernels.testing import PUBLIC, gradients, inputs
 
@@ -124,6 +125,15 @@ def test_autocast_and_precision_settings_change_nothing(loss, implementation, de
     finally:
         torch.set_float32_matmul_precision("highest")
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
+
+
+@every_fused
+def test_features_changed_before_the_backward_are_noticed(implementation, device):
+    image, text, scale = inputs("clip", "random", 16, 16, BF16, device, 20.0)
+    loss = clip_loss(image, text.requires_grad_(), scale, implementation=implementation)
+    image += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_one_variant_equals_no_variants(device):

@@ -102,6 +102,36 @@ def test_averaged_ranks_equal_one_process(world_size):
         assert [case for case in differences if not case[1] < 1e-5] == []
 
 
+def fallback_worker(rank: int) -> tuple[int, float]:
+    """This rank's flag, and its largest error, where rank 0 alone must fall back."""
+    from laclip.kernels import clip_loss, triton_blocks
+    from laclip.kernels.testing import inputs, relative_error, truth
+
+    image, text, scale = inputs("clip", "opposite", 32, 32, torch.float32, "cpu", 100.0)
+    image[16:] = inputs("clip", "random", 32, 32, torch.float32, "cpu", 100.0)[0][16:]
+    exact = truth("clip", [image, text, scale])
+    own = slice(rank * 16, rank * 16 + 16)
+    mine = [tensor.clone().requires_grad_() for tensor in (image[own], text[own], scale)]
+    pairs = triton_blocks.pair_cosines(image[own], text[own])
+    flag = triton_blocks.log_sums(image[own], text, scale, pairs, rank * 16, 4096)[2]
+    loss = clip_loss(*mine, group=dist.group.WORLD, implementation="triton")
+    loss.backward()
+    shared = torch.stack([loss.detach(), mine[2].grad])
+    dist.all_reduce(shared)
+    errors = [
+        relative_error(shared / 2, torch.stack([exact[0], exact[3]])),
+        relative_error(mine[0].grad / 2, exact[1][own]),
+        relative_error(mine[1].grad / 2, exact[2][own]),
+    ]
+    return int(flag), max(errors)
+
+
+def test_one_rank_may_fall_back_alone():
+    (first_flag, first_error), (second_flag, second_error) = run_ranks(2, fallback_worker)
+    assert (first_flag, second_flag) == (1, 0)
+    assert max(first_error, second_error) < 2e-5
+
+
 def events_worker(rank: int, loss: str) -> list[str]:
     """The order in which the towers run and the network is started and awaited."""
     from laclip.kernels import gather, start_gather

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from laclip.kernels import clip_loss, siglip_loss, start_gather
 
 IMAGE = torch.ones(4, 16)

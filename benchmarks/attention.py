@@ -1,0 +1,95 @@
+"""Attention forward and backward at the towers' lengths, by backend.
+
+python benchmarks/attention.py [--out FILE]
+
+50, 197 and 257 tokens are ViT-B/32's, B/16's and L/14's images; 77 causal is a padded caption.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import Case, append, compare, table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from laclip.attention import Layout, attend
+
+SHAPES = [(50, 12, False), (77, 8, True), (197, 12, False), (257, 16, False)]
+HEAD_DIM = 64
+PYTORCH = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool) -> Tensor:
+    """As open_clip's text tower has it: a mask tensor instead of is_causal."""
+    ((sequences, tokens),) = layout.groups
+    a, b, c = (t.unflatten(0, (sequences, tokens)).transpose(1, 2) for t in (q, k, v))
+    mask = torch.full((tokens, tokens), float("-inf"), device=q.device, dtype=q.dtype).triu(1)
+    output = F.scaled_dot_product_attention(a, b, c, attn_mask=mask if causal else None)
+    return output.transpose(1, 2).flatten(0, 1)
+
+
+def backward(attention: Callable[..., Tensor], rows: Tensor, *options: Any) -> Callable:
+    def run(_turn: Any) -> None:
+        q, k, v = rows.detach().requires_grad_().unbind(1)
+        attention(q, k, v, *options).sum().backward()
+
+    return run
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=512 if gpu else 8)
+    parser.add_argument("--out", type=Path, help="a result file that records are added to")
+    args = parser.parse_args()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    backends = ["sdpa"]
+    if gpu:
+        packages = ("flash_attn", "xformers")
+        backends += [name for name in packages if importlib.util.find_spec(name)]
+    for tokens, heads, causal in SHAPES:
+        rows = torch.randn(args.batch * tokens, 3, heads, HEAD_DIM, device=device, dtype=dtype)
+        layout = Layout(((args.batch, tokens),))
+        cases = [
+            Case(f"laclip, {name}", backward(attend, rows, layout, causal, name))
+            for name in backends
+            if name != "xformers" or not causal  # causal there means packed captions
+        ]
+        cases.append(
+            Case(
+                "mask tensor" if causal else "PyTorch's choice",
+                backward(masked, rows, layout, causal),
+            )
+        )
+        for name, backend in PYTORCH.items() if gpu else ():
+
+            def alone(turn: Any, run=cases[-1].run, backend=backend) -> None:
+                with sdpa_kernel(backend):
+                    run(turn)
+
+            if not causal:
+                cases.append(Case(f"PyTorch's {name}", alone))
+        for case in cases:
+            # Forward 4 tokens^2 FLOPs a channel, backward two and a half times that.
+            case.work = 14.0 * args.batch * heads * tokens**2 * HEAD_DIM
+            case.unit, case.divisor = "TFLOP/s", 1e12
+        shape = {"batch": args.batch, "tokens": tokens, "heads": heads, "causal": int(causal)}
+        records = compare(
+            "attention", cases, shape=shape, dtype=str(dtype).removeprefix("torch."), device=device
+        )
+        print(table(records))
+        if args.out:
+            append(records, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""A run's weights for open_clip, Hugging Face or the tools of LaCLIP's release.
+
+laclip export RUN OUT --format open_clip
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from laclip.config import load_config
+from laclip.convert import FORMATS, from_laclip, hugging_face_config, read_checkpoint
+from laclip.tokenizer import load_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a finished run's folder")
+    parser.add_argument("out", type=Path, help="a file; for hugging_face a folder")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="whose names and shapes")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not (args.run_folder / "model.pt").is_file():
+        raise FileNotFoundError(f"'{args.run_folder}' holds no model.pt: the run is not finished")
+    config = load_config(args.run_folder / "config.toml")
+    converted = from_laclip(read_checkpoint(args.run_folder / "model.pt"), args.format)
+    out = args.out
+    if args.format == "hugging_face":
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        out.mkdir(parents=True, exist_ok=True)
+        settings = hugging_face_config(config.model, tokenizer.vocab_size, tokenizer.eot_token)
+        (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        out = out / "pytorch_model.bin"
+    temporary = out.with_name(out.name + ".partial")
+    torch.save(converted, temporary)
+    temporary.rename(out)
+    print(f"{out}: {len(converted)} tensors for {args.format}")
+    return 0

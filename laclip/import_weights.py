@@ -1,0 +1,28 @@
+"""Weights of open_clip, Hugging Face or LaCLIP's release, for `model.weights`.
+
+laclip import FILE OUT.pt
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from laclip.convert import detect_format, read_checkpoint, to_laclip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a .safetensors file, or one of torch.save")
+    parser.add_argument("out", type=Path, help="where to write; set model.weights to it")
+
+
+def run(args: argparse.Namespace) -> int:
+    state = read_checkpoint(args.file)
+    converted = to_laclip(state)
+    temporary = args.out.with_name(args.out.name + ".partial")
+    torch.save(converted, temporary)
+    temporary.rename(args.out)
+    kind = detect_format({name.removeprefix("module."): state[name] for name in state})
+    numbers = sum(tensor.numel() for tensor in converted.values())
+    print(f"{args.out}: {numbers / 1e6:.1f} M numbers, from {kind}")
+    return 0

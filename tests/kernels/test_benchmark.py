@@ -1,0 +1,35 @@
+"""The benchmark of the losses runs where there is no GPU, and its records print as tables."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def run(*arguments: str) -> str:
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_loss_benchmark_writes_whole_records_and_a_table(tmp_path):
+    out = tmp_path / "loss.jsonl"
+    options = "--device cpu --dtype fp32 --dims 64 --sizes 64 --error-batch 64 --seconds 0.01"
+    run(str(BENCHMARKS / "loss.py"), *options.split(), "--out", str(out))
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    ours = [r for r in records if r["name"].startswith("laclip chunked")]
+    assert [r["name"].split(": ")[1] for r in ours] == [
+        "forward", "backward", "both", "forward", "both",
+    ]  # fmt: skip
+    for record in ours:
+        assert record["shape"] == {"batch": 64, "dim": 64}
+        assert 0 < record["p20"] <= record["median"] <= record["p80"]
+        assert record["throughput"] > 0 and record["peak_memory_mib"] >= 0
+        assert record["machine"] and record["commit"] and record["versions"]["torch"]
+        assert record["extra"]["error random"] < 1e-5
+    table = run(str(BENCHMARKS / "harness.py"), str(out))
+    assert table.count("laclip chunked: both") == 2
+    run(str(BENCHMARKS / "loss.py"), "--out", str(out), "--plot", str(tmp_path / "loss.png"))
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
