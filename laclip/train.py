@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     ranks = find_ranks()
     try:
         train(read_config(args), Path(args.deepspeed_config), ranks, resume=bool(args.resume))
+        dist.barrier()  # a rank that leaves while others still talk to it can take them down
     except (ValueError, FileNotFoundError, DataError) as error:
         # Before the ranks are connected all of them find the same mistake: one reports it.
         if ranks.is_first or dist.is_initialized():
