@@ -36,7 +36,7 @@ def _rank_main(rank, world_size, port, results, function, arguments):
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     try:
         results.put((rank, function(rank, *arguments)))
-        # A rank that leaves while another still talks to it can take that one down (SIGABRT in gloo).
+        # A rank that leaves while another still talks to it can take that one down (SIGABRT).
         dist.barrier()
     finally:
         dist.destroy_process_group()
