@@ -109,6 +109,9 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
 
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        built = Path(sys.prefix) / "torch_extensions"  # by requirements/build_deepspeed_op.py
+        if built.is_dir():
+            os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
         if "OMP_NUM_THREADS" not in os.environ:
             here = int(os.environ.get("LOCAL_SIZE", ranks.world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
