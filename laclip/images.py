@@ -126,10 +126,6 @@ class ImagePipeline:
         pipeline.build()
         return pipeline
 
-    @property
-    def in_flight(self) -> int:
-        return len(self._in_flight)
-
     def feed(
         self,
         encoded: list[np.ndarray],

@@ -88,7 +88,7 @@ def variant_shares(names: tuple[str, ...], counts: np.ndarray) -> dict[str, floa
 class Progress:
     """The line that a person watches: rewritten in place on a terminal, now and then elsewhere."""
 
-    def __init__(self, total_steps: int, step: int, samples_per_epoch: int, batch_size: int):
+    def __init__(self, total_steps: int, samples_per_epoch: int, batch_size: int):
         self.total_steps = total_steps
         self.samples_per_epoch = samples_per_epoch
         self.batch_size = batch_size

@@ -195,7 +195,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
             tensorboard=config.log.tensorboard,
             wandb_project=config.log.wandb_project,
         )
-        progress = Progress(total_steps, step, loader.num_samples, batch_size)
+        progress = Progress(total_steps, loader.num_samples, batch_size)
 
     def save() -> None:
         bad = sorted({sample for part in gather_objects(loader.bad_samples) for sample in part})
