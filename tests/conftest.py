@@ -1,5 +1,7 @@
 """Fixtures shared by several test files."""
 
+import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -15,3 +17,21 @@ def emoji_copy(tmp_path):
     folder = tmp_path / "train"
     shutil.copytree(EMOJI / "train", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def packages():
+    """The folder with transformers and a small language model, installed on first use."""
+    spec = importlib.util.spec_from_file_location("oracles", ROOT / "requirements" / "oracles.py")
+    oracles = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(oracles)
+    oracles.PINS = ROOT / "tests" / "data" / "rewrite_packages.txt"
+    return oracles.install()
+
+
+@pytest.fixture(scope="session")
+def environment(packages):
+    """Of processes that use them."""
+    more = {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # Without a GPU: in bf16 a batch's padding may change which token is drawn.
+    return {**os.environ, **more, "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
