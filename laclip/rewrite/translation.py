@@ -78,8 +78,9 @@ def _with_case_of(line: str, text: str) -> str:
 class ModelTranslation:
     """Translates captions there and back by two models of one direction each, as Marian's are.
 
-    They search as their folders say (generation_config.json: so many beams) and draw nothing, so
-    the result depends on the caption alone (but for rounding, which padding changes).
+    They take the likeliest token each time, whatever beams their folders ask for: what a search by
+    beams finds for a text changes with the texts beside it. So the result depends on the caption
+    alone (but for rounding, which padding changes).
     """
 
     def __init__(self, folders: tuple[str, ...], batch_size: int = 16):
@@ -114,7 +115,9 @@ def _translated(answers: list[Answer], tokenizer, model) -> list[Answer]:
     given = tokenizer(
         texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
     )
-    ids = model.generate(**given.to(model.device), max_new_tokens=MAX_TOKENS, do_sample=False)
+    ids = model.generate(
+        **given.to(model.device), max_new_tokens=MAX_TOKENS, do_sample=False, num_beams=1
+    )
     ends = torch.tensor(model.generation_config.eos_token_id, device=ids.device)
     whole = torch.isin(ids, ends).any(1).tolist()
     tokens = (ids != tokenizer.pad_token_id).sum(1).tolist()
