@@ -25,7 +25,7 @@ for number, folder in enumerate((there, back)):
     folder.mkdir()
     learned = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=learned, vocab_size=200 + number, minloglevel=2
+        sentence_iterator=iter(lines), model_writer=learned, vocab_size=110 + number, minloglevel=2
     )
     for name in ("source.spm", "target.spm"):
         (folder / name).write_bytes(learned.getvalue())
@@ -130,7 +130,7 @@ def test_translation_models_translate_each_caption_there_and_back(environment, t
     ]
     texts = {entry["key"]: entry["text"] for entry in entries}
     assert [texts[str(i)] for i in range(len(captions))] == expected
-    assert len(set(expected)) > 6  # the models answer to what they are given
+    assert len(set(expected)) > 4  # the models answer to what they are given
     assert {entry["model"] for entry in entries} == {"backtranslate en-xx xx-en"}
     counts = json.loads((tmp_path / "out" / "finished.jsonl").read_text())
     assert counts["tokens"] > len(captions)
