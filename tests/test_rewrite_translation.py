@@ -25,7 +25,7 @@ for number, folder in enumerate((there, back)):
     folder.mkdir()
     learned = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=learned, vocab_size=110 + number, minloglevel=2
+        sentence_iterator=iter(lines), model_writer=learned, vocab_size=200 + number, minloglevel=2
     )
     for name in ("source.spm", "target.spm"):
         (folder / name).write_bytes(learned.getvalue())
@@ -49,7 +49,7 @@ for number, folder in enumerate((there, back)):
     tokenizer.save_pretrained(folder)
     models.append((tokenizer, model.eval()))
 found = []
-for text in lines:
+for text in lines[:16]:
     for tokenizer, model in models:
         given = tokenizer([text], truncation=True, max_length=256, return_tensors="pt")
         ids = model.generate(**given, num_beams=1, max_new_tokens=256)
@@ -108,9 +108,9 @@ def test_missing_language_is_named_with_its_package(apertium, tmp_path, capsys):
 
 def test_translation_models_translate_each_caption_there_and_back(environment, tmp_path):
     lines = (Path(__file__).parent / "data" / "captions.txt").read_text().split("\n")
-    captions = [line for line in lines if 10 < len(line) < 60 and line.isascii()][:16]
+    captions = [line for line in lines if 10 < len(line) < 60 and line.isascii()][:40]
     source, folders = tmp_path / "a.txt", [tmp_path / "en-xx", tmp_path / "xx-en"]
-    source.write_text("".join(f"{caption}\n" for caption in captions))
+    source.write_text("\n".join(captions))
 
     def run(*words):
         command = [sys.executable, *map(str, words)]
@@ -121,6 +121,7 @@ def test_translation_models_translate_each_caption_there_and_back(environment, t
         return done.stdout
 
     expected = json.loads(run("-c", BUILD, *folders, source).splitlines()[-1])
+    source.write_text("\n".join(captions[:16]))
     words = ["-m", "laclip.cli", "rewrite", source, tmp_path / "out", "--method", "backtranslate"]
     run(*words, "--translators", *folders, "--batch-size", 8)
     entries = [
@@ -129,8 +130,8 @@ def test_translation_models_translate_each_caption_there_and_back(environment, t
         for line in (tmp_path / "out" / kind / "a.jsonl").open()
     ]
     texts = {entry["key"]: entry["text"] for entry in entries}
-    assert [texts[str(i)] for i in range(len(captions))] == expected
-    assert len(set(expected)) > 4  # the models answer to what they are given
+    assert [texts[str(i)] for i in range(16)] == expected
+    assert len(set(expected)) > 6  # the models answer to what they are given
     assert {entry["model"] for entry in entries} == {"backtranslate en-xx xx-en"}
     counts = json.loads((tmp_path / "out" / "finished.jsonl").read_text())
-    assert counts["tokens"] > len(captions)
+    assert counts["tokens"] > 32
