@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,6 +40,7 @@ class Plan:
     seed: int
     prompts: PromptSet | None = None  # of a language model
     invented: bool = False  # reject numbers and names that the original does not have
+    least: float | None = None  # similarity in meaning, where the engine measures it
 
     def draw(self, key: str) -> tuple[list[tuple[str, str]], int]:
         """The examples and the seed of a caption."""
@@ -199,13 +200,17 @@ class _Shard:
                 cut=answer.cut,
                 prompt=(*shown, prompts.instruction) if prompts else (),
                 invented=self.plan.invented,
+                similarity=answer.similarity,
+                least=self.plan.least,
             )
         )
-        self._write(request, Answer(text, answer.tokens), reason)
+        self._write(request, replace(answer, text=text), reason)
 
     def _write(self, request: Request, answer: Answer, reason: str | None) -> None:
         entry: dict[str, Any] = {"n": request.number, "key": request.key, "text": answer.text}
         entry |= {"source": request.caption, "tokens": answer.tokens}
+        if answer.similarity is not None:
+            entry["similarity"] = answer.similarity
         if reason:
             entry["reason"] = reason
         line = as_line(entry)
