@@ -100,4 +100,4 @@ def test_what_is_no_file_of_captions_is_refused(tmp_path):
         open_captions(tmp_path / "a.docx")
     (tmp_path / "a.parquet").write_bytes(b"PAR0")
     with pytest.raises(ValueError, match="not Parquet"):
-        open_captions(tmp_path / "a.parquet")
+        list(open_captions(tmp_path / "a.parquet")[0].read())

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def fingerprint(shards: list[CaptionShard]) -> str:
 def _shard(path: Path) -> CaptionShard:
     """With its number of captions where that costs no reading of the whole file."""
     if path.suffix == ".parquet":
-        with _open_parquet(path) as file:
+        with suppress(ValueError), _open_parquet(path) as file:  # told when the shard's turn comes
             return CaptionShard(path, file.metadata.num_rows)
-    if path.suffix != ".tar" and path.stat().st_size < 1 << 28:
+    elif path.suffix != ".tar" and path.stat().st_size < 1 << 28:
         return CaptionShard(path, path.read_bytes().count(b"\n"))
     return CaptionShard(path)
 
