@@ -294,10 +294,15 @@ def as_line(entry: dict) -> bytes:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name whole, or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk: what was written of it helps nobody
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
