@@ -50,6 +50,11 @@ def test_lines_of_a_text_have_their_numbers_as_keys(tmp_path):
     ]  # fmt: skip
 
 
+def test_half_a_character_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"key": "k", "caption": "a \\ud83d dog"}')
+    assert list(open_captions(tmp_path / "a.jsonl")[0].read()) == [("k", "a \ufffd dog")]
+
+
 def test_rows_without_a_key_have_their_numbers(tmp_path):
     (tmp_path / "a.csv").write_text("url,title\nu,one\nv,two\n")
     assert list(open_captions(tmp_path / "a.csv")[0].read()) == [("0", "one"), ("1", "two")]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from laclip.dataset import checksum_hex, open_dataset
 KINDS = (".tar", ".jsonl", ".csv", ".parquet", ".txt")
 TEXT_NAMES = ("caption", "title", "text")
 MAX_BYTES = 1 << 16  # read of one caption in a tar, as `laclip tokenize` does
+_HALF = re.compile("[\ud800-\udfff]")
 csv.field_size_limit(1 << 27)
 
 
@@ -107,7 +109,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
                 f'{path}: line {int(number) + 1}: found {line[:80]!r}, expected {{"key": "...", '
                 '"caption": "..."}'
             )
-        yield key, text
+        # JSON's escapes may bring half of a character, which no tokenizer or file takes.
+        yield _HALF.sub("\ufffd", key), _HALF.sub("\ufffd", text)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, str]]:
