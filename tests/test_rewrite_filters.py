@@ -86,6 +86,11 @@ def test_captions_without_letters_are_unfit():
     assert unfit("") and unfit("12:30 !!! 🙂") and not unfit("犬")
 
 
+def test_an_arrow_of_the_caption_itself_is_no_fault_where_there_was_no_prompt():
+    assert reject("a crimson => blue door", "red => blue door") is None
+    assert reject("a crimson => blue door", "red => blue door", prompt=("shown",)) == "prompt"
+
+
 def test_every_reason_that_is_given_is_explained():
     given = {reason for reason, _ in WRONG} | {"cut", "number", "name", "unfit", "refused"}
     assert given | {"meaning"} == set(REASONS)

@@ -316,7 +316,8 @@ def _conclude(
     if set_aside:
         lines.append("  Run the same command again to try the shards that were set aside.")
     lines.append(f"  samples and figures: {page}")
-    lines.append(f"  laclip tokenize FOLDER --rewrites NAME={merged}")
+    if accepted:
+        lines.append(f"  laclip tokenize FOLDER --rewrites NAME={merged}")
     return "\n".join(lines)
 
 

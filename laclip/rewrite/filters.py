@@ -85,7 +85,8 @@ def reject(
         return "refusal"
     if _CHATTER.search(rewrite) and not _CHATTER.search(original):
         return "chatter"
-    if "=>" in rewrite or any(words == _words(text) for text in prompt):
+    arrow = "=>" in rewrite and (prompt or "=>" not in original)  # a prompt shows none of its own
+    if arrow or any(words == _words(text) for text in prompt):
         return "prompt"
     if words == _words(original):
         return "echo"

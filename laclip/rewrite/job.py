@@ -50,20 +50,27 @@ class Plan:
 
 
 def open_folder(folder: Path, job: dict[str, Any]) -> None:
-    """Fill the run's folder, or check that what is there is the same run; raises ValueError."""
+    """Fill the run's folder, or check that what is there is the same run; raises ValueError.
+
+    A run that has nothing yet, such as one whose model could not be loaded, gives way to another.
+    """
     path = folder / "job.json"
-    if path.exists():
+    there = path.exists()
+    if there:
         try:
             before = json.loads(path.read_bytes())
         except ValueError:
             raise ValueError(f"{path}: not JSON; expected the job of a run of rewrites") from None
         changed = [name for name in job if before.get(name) != job[name]]
-        if changed:
+        begun = any(part.stat().st_size for part in (folder / "parts").glob("*.jsonl"))
+        if changed and not begun and not read_finished(folder):
+            there = False
+        elif changed:
             told = "; ".join(f"{n}: {before.get(n)!r}, now {job[n]!r}" for n in changed)
             raise ValueError(f"{folder} holds another run ({told}). Name another folder")
     elif any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder}: there are files in it, but no job.json. Name another folder")
-    if not path.exists():
+    if not there:
         with whole_file(path) as file:
             file.write(json.dumps(job, indent=2, ensure_ascii=False).encode() + b"\n")
     for name in ("parts", "shards", "rejects"):
@@ -73,6 +80,8 @@ def open_folder(folder: Path, job: dict[str, Any]) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a second run out of the folder; ends with the process, however that ends."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file; expected a folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "wb") as file:
         try:
@@ -285,10 +294,15 @@ def as_line(entry: dict) -> bytes:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name whole, or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk: what was written of it helps nobody
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

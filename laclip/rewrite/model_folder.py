@@ -36,7 +36,7 @@ def load_model(path: str | Path, kind: str, option: str) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **place)
         model = getattr(transformers, kind).from_pretrained(folder, **place, **weights)
     except (ImportError, ValueError, OSError) as error:
-        said = str(error).strip().split("\n")[0]
+        said = " ".join(str(error).split())[:300]
         raise ValueError(f"{option} {path}: transformers cannot read it: {said}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
