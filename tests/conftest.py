@@ -1,11 +1,13 @@
 """Fixtures shared by several test files."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))  # engine_ranks and train_job, which several tests share
 EMOJI = ROOT / "examples" / "emoji"
 
 
