@@ -28,6 +28,7 @@ from laclip.config import Config, load_config
 from laclip.dataset import open_dataset
 from laclip.engine_settings import engine_settings
 from laclip.evaluation import evaluate
+from laclip.flops import utilization
 from laclip.kernels import clip_loss, siglip_loss
 from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, variant_shares
@@ -248,6 +249,10 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
                 "bad_samples": len(loader.bad_samples),
                 "variants": variant_shares(variants, sum(drawn for *_, drawn in news)),
                 "memory_mib": peak_memory_mib(ranks),
+                **utilization(
+                    *(config.model, batch.token_ids, tokenizer.eot_token),
+                    *(batch_size / seconds / ranks.world_size, ranks.device),
+                ),
             }
             if not finite:
                 record["skipped"] = True
