@@ -75,22 +75,10 @@ class Loader:
             )
         for dataset in datasets:
             dataset.check_tokenizer(tokenizer.fingerprint)
-        options = _native.ReaderOptions()
+        options = reader_options(data, tokenizer, context_length)
         options.seed = seed
         options.global_batch_size = global_batch_size
         options.rank, options.world_size = rank, world_size
-        options.window_shards = data.window_shards
-        options.threads = data.reader_threads
-        options.prefetch = data.prefetch
-        options.captions = data.captions
-        options.weights = list(data.weights)
-        options.context_length = context_length
-        options.sot_token = -1 if tokenizer.sot_token is None else tokenizer.sot_token
-        options.eot_token, options.pad_token = tokenizer.eot_token, tokenizer.pad_token
-        options.scale_low, options.scale_high = data.crop_scale
-        options.ratio_low, options.ratio_high = data.crop_ratio
-        options.flip = data.flip
-        options.max_pixels = data.max_pixels
         self.bad_samples: dict[int, str] = dict.fromkeys(bad_samples, "found by an earlier run")
         self._reader = _native.BatchReader(
             [files for dataset in datasets for files in shard_files(dataset)], options
@@ -216,6 +204,26 @@ def encoded_images(batch: _native.Batch) -> list[np.ndarray]:
     """The encoded images of a batch as views of its one buffer."""
     buffer, begins = batch.bytes, batch.begins.tolist()
     return [buffer[a:b] for a, b in itertools.pairwise(begins)]
+
+
+def reader_options(
+    data: DataConfig, tokenizer: Tokenizer, context_length: int
+) -> _native.ReaderOptions:
+    """The C++ reader's options that a configuration and a tokenizer decide."""
+    options = _native.ReaderOptions()
+    options.window_shards = data.window_shards
+    options.threads = data.reader_threads
+    options.prefetch = data.prefetch
+    options.captions = data.captions
+    options.weights = list(data.weights)
+    options.context_length = context_length
+    options.sot_token = -1 if tokenizer.sot_token is None else tokenizer.sot_token
+    options.eot_token, options.pad_token = tokenizer.eot_token, tokenizer.pad_token
+    options.scale_low, options.scale_high = data.crop_scale
+    options.ratio_low, options.ratio_high = data.crop_ratio
+    options.flip = data.flip
+    options.max_pixels = data.max_pixels
+    return options
 
 
 def shard_files(dataset: Dataset) -> list[_native.ShardFiles]:
