@@ -24,6 +24,10 @@ from laclip.images import DecodeError, ImagePipeline
 from laclip.tokenizer import Tokenizer
 
 
+# csrc/batch_reader.hpp, BrokenReason
+BROKEN = ("", "its header is not what the index says", "the file is cut short")
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedBatch:
     """One rank's part of global batch `index`."""
@@ -156,20 +160,27 @@ class Loader:
         )
 
     def _feed(self, batch: _native.Batch) -> None:
-        while batch.broken.any():
-            reason = "its header is not what the index says"
-            self._count_bad(batch, dict.fromkeys(np.flatnonzero(batch.broken).tolist(), reason))
-            batch = self._reader.read(batch.index)
+        batch = self._sound(batch)
         self._pipeline.feed(encoded_images(batch), batch.windows, batch.mirrors)
         self._in_flight.append(batch)
 
+    def _sound(self, batch: _native.Batch) -> _native.Batch:
+        """The batch, read again until the reader finds nothing broken in it."""
+        while batch.broken.any():
+            reasons = {int(i): BROKEN[batch.broken[i]] for i in np.flatnonzero(batch.broken)}
+            self._count_bad(batch, reasons)
+            batch = self._reader.read(batch.index)
+        return batch
+
     def _replace(self, error: DecodeError) -> None:
-        """Read the oldest batch again without the images that failed, and feed all again."""
-        failed, *others = self._in_flight
+        """Substitutes for the images of the oldest batch that did not decode."""
+        failed = self._in_flight.popleft()
         self._count_bad(failed, error.reasons)
-        self._in_flight.clear()
-        for batch in (self._reader.read(failed.index), *others):
-            self._feed(batch)
+        batch = self._sound(self._reader.read(failed.index))
+        encoded = encoded_images(batch)
+        changed = np.flatnonzero(batch.samples != failed.samples).tolist()
+        self._pipeline.replace({i: encoded[i] for i in changed}, batch.windows, batch.mirrors)
+        self._in_flight.appendleft(batch)
 
     def _count_bad(self, batch: _native.Batch, reasons: dict[int, str]) -> None:
         """Name bad images, by their position in a batch, and stop the run if they are too many."""
