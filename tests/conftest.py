@@ -3,11 +3,13 @@
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))  # engine_ranks and train_job, which several tests share
 EMOJI = ROOT / "examples" / "emoji"
 
 

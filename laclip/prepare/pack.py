@@ -100,8 +100,8 @@ def pack(
             entry[0] += times
     reasons = [f"  {n} x {reason} (first: {first})" for reason, (n, first) in skipped.items()]
     if packed == 0:
-        for path in (out / RECORD, *out.glob("*.packed")):
-            path.unlink()
+        for file in (out / RECORD, *out.glob("*.packed")):
+            file.unlink()
         raise ValueError(
             "\n".join([f"{pairs}: none of its {count} rows could be packed", *reasons])
             + f"\nIs {images} the folder that the paths start in, and has the list a header with a "
