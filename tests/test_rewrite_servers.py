@@ -157,6 +157,22 @@ def test_a_server_that_refuses_everything_ends_the_run_with_its_words(status, se
         list(engine(serve(lambda number, caption: status).url).answers(requests(100)))
 
 
+def test_failures_are_told_once_in_a_while(serve, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(lambda number, caption: 503 if number % 3 == 1 else None)
+    assert_each_answered_once(list(engine(server.url).answers(requests(60))), 60)
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if "trying again after a failure" in line]
+    assert f"{server.url}: 503" in line and KEY not in said
+
+
+def test_a_request_waits_before_it_is_tried_again_however_idle_the_client_is(serve):
+    ill_until = time.monotonic() + 0.5  # of 8 tries without a pause none would be left
+    server = serve(lambda number, caption: 503 if time.monotonic() < ill_until else None)
+    assert_each_answered_once(list(engine(server.url, in_flight=16).answers(requests(1))), 1)
+    assert len(server.bodies) <= 8
+
+
 def test_when_no_server_answers_any_more_the_run_ends(serve):
     with pytest.raises(ValueError, match="no server answers any more"):
         list(engine(serve(lambda n, caption: 500).url, in_flight=2).answers(requests(1000)))
