@@ -19,6 +19,7 @@ class RunConfig:
 
     folder: str = "runs/demo"
     seed: int = 0
+    timeout_minutes: float = 10.0  # a rank that is silent or stands still for so long ends the job
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is scored at the end of a run."""
+    """What is scored, and when; the checkpoint with the best mean score is kept."""
 
+    every_steps: int = 0  # 0: at the end of the run alone
     batch_size: int = 256
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
 
@@ -213,6 +215,7 @@ _CHOICES = {
 # under another value.
 RUNTIME_KEYS = (
     "run.folder",
+    "run.timeout_minutes",
     "data.reader_threads",
     "data.decode_threads",
     "data.prefetch",
@@ -412,6 +415,7 @@ def _check(config: Config, source: str) -> None:
         "data.max_pixels",
         "checkpoint.every_steps",
         "checkpoint.keep",
+        "run.timeout_minutes",
         "evaluation.batch_size",
         "log.every_steps",
         "optimizer.lr",

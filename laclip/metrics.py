@@ -1,6 +1,8 @@
 """What a run reports while it goes: metrics.jsonl, TensorBoard, Weights & Biases, the console."""
 
+import errno
 import json
+import os
 import secrets
 import sys
 import time
@@ -8,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print; where nobody reads any more (a closed pipe), go on without."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class MetricsWriter:
@@ -23,7 +33,7 @@ class MetricsWriter:
         text = "".join(json.dumps(record) + "\n" for record in kept)
         if not self.path.exists() or self.path.read_text() != text:
             self.path.write_text(text)
-        self._file = self.path.open("a", buffering=1)
+        self._file = self.path.open("ab", buffering=0)
         self._tensorboard = None
         self._wandb = None
         if tensorboard:
@@ -51,7 +61,14 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """record: `step` and numbers, or flat dictionaries of numbers."""
-        self._file.write(json.dumps(record) + "\n")
+        line = json.dumps(record).encode() + b"\n"
+        begin = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(begin)
+            say(f"\nlaclip: the metrics of step {record['step']} are lost: {error}")
         numbers: dict[str, Any] = {}
         for name, value in record.items():
             if isinstance(value, dict):
@@ -124,15 +141,15 @@ class Progress:
             f"{share}data wait {100 * record['data_wait']:.1f} %  left {duration(left)}"
         )
         if self._terminal:
-            print("\r" + line.ljust(self._width), end="", flush=True)
+            say("\r" + line.ljust(self._width), end="")
             self._width = len(line)
         else:
-            print(line, flush=True)
+            say(line)
 
     def end_line(self) -> None:
         """Leave the line as it stands, so that other text may follow."""
         if self._terminal and self._width:
-            print(flush=True)
+            say("")
             self._width = 0
 
 

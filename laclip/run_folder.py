@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laclip.config import Config, differences, dump_config, load_config
-from laclip.parallel import Ranks, from_first
+from laclip.parallel import JointError, Ranks, from_first
 
 
 def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> Any:
@@ -24,7 +24,7 @@ def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> An
             error = str(failure)
     error = from_first(error)
     if error is not None:
-        raise ValueError(error)
+        raise JointError(error)
     return lock
 
 

@@ -15,6 +15,7 @@ FLOORS = [
     {
         *("loader", "evaluation", "checkpoint", "plan", "report", "prepare", "rewrite"),
         *("run_folder", "engine_settings", "import_weights", "export_weights"),
+        *("train_step", "watchdog"),
     },
     {"train", "cli"},
 ]
