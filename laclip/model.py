@@ -18,13 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from laclip.attention import (
-    CAPTION_STEP,
-    Layout,
-    attend,
-    group_captions,
-    pack_captions,
-)
+from laclip.attention import CAPTION_STEP, Layout, attend, group_captions, pack_captions
 
 if TYPE_CHECKING:
     from laclip.config import ModelConfig, TextConfig, VisionConfig
@@ -70,6 +64,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
+        self.recompute = False
 
     def forward(self, x: Tensor, layout: Layout, pooled: Tensor | None = None) -> Tensor:
         q, k, v = self.before(x)
@@ -88,8 +83,12 @@ class Block(nn.Module):
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.attention_out(attended)
         hidden = self.mlp_in(self.norm2(x))
+        return x + (_again(self.end, hidden) if self.recompute else self.end(hidden))
+
+    def end(self, hidden: Tensor) -> Tensor:
+        """The end of the MLP; computed again, it need not keep the activation's output."""
         hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
-        return x + self.mlp_out(hidden)
+        return self.mlp_out(hidden)
 
 
 class Tower(nn.Module):
@@ -97,7 +96,7 @@ class Tower(nn.Module):
 
     def __init__(self, config: "VisionConfig | TextConfig", embed_dim: int, **attention):
         super().__init__()
-        self.activation_checkpointing = False
+        self.recompute = False
         self.blocks: Any = nn.ModuleList([Block(config, **attention) for _ in range(config.depth)])
         self.norm = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
@@ -105,10 +104,9 @@ class Tower(nn.Module):
 
     def transform(self, x: Tensor, layout: Layout, pooled: Tensor) -> Tensor:
         """Rows [rows, width] to the pooled rows [pooled, width], normalized, fp32."""
-        call: Any = self._checkpointed if self.activation_checkpointing else _plain
-        for block in self.blocks[:-1]:
-            x = call(block, x, layout)
-        x = call(self.blocks[-1], x, layout, pooled)
+        for block in self.blocks:
+            inputs = x, layout, pooled if block is self.blocks[-1] else None
+            x = _again(block, *inputs) if self.recompute else block(*inputs)
         with torch.autocast(x.device.type, enabled=False):
             return self.norm(x.to(self.norm.weight.dtype))
 
@@ -123,14 +121,12 @@ class Tower(nn.Module):
             features = F.normalize(self.projection(pooled), dim=-1)
         return features.to(_compute_dtype(features))
 
-    def _checkpointed(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-
-def _plain(block: nn.Module, *inputs: Any) -> Tensor:
-    return block(*inputs)
+def _again(call: Any, *inputs: Any) -> Tensor:
+    """Calls, and for the backward pass calls again instead of keeping what the call computed."""
+    if torch.is_grad_enabled():
+        return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return call(*inputs)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -389,7 +385,9 @@ def build_model(
     if siglip:
         model.logit_bias = nn.Parameter(torch.full([1], -10.0))
     for tower, locked in ((image, config.lock_image), (text, config.lock_text)):
-        tower.activation_checkpointing = config.activation_checkpointing
+        tower.recompute = config.activation_checkpointing == "blocks"
+        for block in tower.blocks:
+            block.recompute = config.activation_checkpointing == "activations"
         tower.requires_grad_(not locked)
     return model
 
@@ -430,8 +428,7 @@ def check_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> None
             f"model.attention: found {config.attention!r}, expected one of "
             f"{', '.join(ATTENTION_PACKAGES)}"
         )
-    package = ATTENTION_PACKAGES[config.attention]
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(ATTENTION_PACKAGES[config.attention]) is None:
         extra = config.attention.replace("_", "-")
         raise ValueError(
             f"model.attention: {config.attention!r} needs the package {extra}, which is not "
