@@ -1,5 +1,6 @@
 """Attention over rows of tokens, and how captions are laid out as rows."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -44,17 +45,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, backen
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool) -> Tensor:
     """PyTorch's attention, a group at a time; is_causal, as a mask would rule out fast kernels."""
-    outputs, start = [], 0
-    for sequences, tokens in layout.groups:
-        rows = slice(start, start + sequences * tokens)
-        start += sequences * tokens
-        a, b, c = (t[rows].unflatten(0, (sequences, tokens)).transpose(1, 2) for t in (q, k, v))
-        if q.is_cuda:
-            with sdpa_kernel(SDPA_PRIORITY, set_priority=True):
-                output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
-        else:
+    sizes = [sequences * tokens for sequences, tokens in layout.groups]
+    # split: its backward writes the gradients of all groups once, that of slices once a group.
+    parts = zip(layout.groups, *(t.split(sizes) if len(sizes) > 1 else (t,) for t in (q, k, v)))
+    outputs = []
+    with sdpa_kernel(SDPA_PRIORITY, set_priority=True) if q.is_cuda else nullcontext():
+        for group, *rows in parts:
+            a, b, c = (t.unflatten(0, group).transpose(1, 2) for t in rows)
             output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))  # engine_ranks and train_job, which several tests share
@@ -51,15 +50,3 @@ def ray_environment():
     """Variables of a process that can import Ray."""
     more = {"PYTHONPATH": str(install("ray.txt")), "RAY_USAGE_STATS_ENABLED": "0"}
     return {**os.environ, **more}
-
-
-@pytest.fixture(scope="session")
-def job_environment():
-    """Variables for a training job that a test starts without the launcher."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    return environment

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_job import environment
 
 from laclip.cli import main
 from laclip.config import load_config
@@ -103,7 +104,7 @@ JOBS = {  # name: (ZeRO stage, settings); weights name files that save_weights w
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory, job_environment):
+def jobs(tmp_path_factory):
     """All JOBS in one process; returns their folder and the messages of those that failed."""
     folder = tmp_path_factory.mktemp("jobs")
     save_weights(folder)
@@ -120,7 +121,7 @@ def jobs(tmp_path_factory, job_environment):
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(words), str(folder / "errors.json")],
         cwd=ROOT,
-        env=job_environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=600,

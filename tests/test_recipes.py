@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_job import environment
 
 from laclip.config import flatten, load_config
 from laclip.model import build_model
@@ -151,7 +152,7 @@ def smaller(name, folder):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, job_environment):
+def runs(tmp_path_factory):
     """Two steps of every recipe on the embedded data, under the ZeRO stage of its command."""
     folder = tmp_path_factory.mktemp("recipes")
     jobs = [
@@ -166,7 +167,7 @@ def runs(tmp_path_factory, job_environment):
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(jobs)],
         cwd=ROOT,
-        env=job_environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=600,
