@@ -2,8 +2,8 @@
 
 python benchmarks/soak.py [--kills 20] [--steps 300] [--zero 1] [--seed 0] [--out FILE]
 
-Each time one rank or both are killed, at a moment drawn between the start of the processes and the
-end of a stretch of training. What is left of the job must end by itself. At the end the weights
+Each time one rank or both are killed, at a moment drawn from the start of the processes or from a
+stretch of training. What is left of the job must end by itself. At the end the weights
 must equal, bit for bit, those of a run that nobody disturbed.
 """
 
@@ -76,19 +76,19 @@ def main() -> int:
         while not steps_done(quiet):
             time.sleep(0.05)
         start_up = time.monotonic() - begin
-        begin = time.monotonic()
         assert [process.wait() for process in processes] == [0, 0], quiet.with_suffix(
             ".log"
         ).read_text()
-        stretch = (time.monotonic() - begin) / args.kills  # twice what all kills together may train
         kills, ending = [], []
         while len(kills) < args.kills:
             processes = start(disturbed, args.steps, args.zero)
-            begin = time.monotonic()
-            moment = begin + draw.uniform(0.5, 1) * start_up + draw.uniform(0, stretch)
-            while time.monotonic() < moment:
+            # A moment of the start, or of the stretch of training that is this kill's share.
+            latest = time.monotonic() + start_up * (draw.random() if draw.random() < 0.25 else 100)
+            enough = steps_done(disturbed) + draw.randrange(args.steps // args.kills)
+            while time.monotonic() < latest and steps_done(disturbed) <= enough:
                 assert any(process.poll() is None for process in processes), "the run ended early"
                 time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.2))
             victims = draw.choice([[0], [1], [0, 1]])
             for rank in victims:
                 processes[rank].kill()

@@ -1,6 +1,7 @@
 """What interrupts the main job: signals, dead and hanging ranks, a lost launcher, a full disk."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from train_job import BIN, ROOT, arguments, environment, free_port, metrics, status
+from train_job import BIN, ROOT, arguments, environment, free_port, losses, metrics, run, status
 
 # Long enough not to end before it is disturbed.
 LONG = ["train.steps=5000", "checkpoint.every_steps=100000"]
@@ -181,3 +182,63 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path):
         assert status(folder)["step"] == steps[-1] + 1
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_checkpoints_of_another_zero_stage_are_refused_by_name(tmp_path):
+    folder = tmp_path / "run"
+    run(arguments(folder, "train.steps=2"))
+    (folder / "status.json").write_text('{"state": "running"}')
+    code, output = run(arguments(folder, "train.steps=2", stage=2), check=False)
+    assert code == 2 and "Traceback" not in output
+    assert "was written under ZeRO stage 1, this job runs under stage 2" in output
+
+
+def test_the_best_checkpoint_is_kept_and_two_ranks_resume_as_one(tmp_path):
+    """Scored in training under ZeRO-3, stopped, gone on with on one rank by the same command."""
+    folder = tmp_path / "run"
+    tasks = 'evaluation.tasks={v={data="examples/emoji/unseen_vendor"}}'
+    settings = [tasks, "evaluation.every_steps=3", "train.steps=12", "checkpoint.every_steps=100"]
+    words = arguments(folder, *settings, "checkpoint.keep=1", stage=3)
+    with Job(words) as job:
+        job.wait_for_steps(8)
+        job.processes[0].send_signal(signal.SIGTERM)
+        job.wait_for_the_end(60)
+    stopped = status(folder)["step"]
+    assert 8 <= stopped < 12
+    states = {
+        path.name: json.loads((path / "state.json").read_text())
+        for path in (folder / "checkpoints").glob("step_*")
+    }
+    scored = {
+        record["step"] + 1: record["scores"]["v"]
+        for record in metrics(folder)
+        if "scores" in record
+    }
+    assert list(scored) == [step for step in (3, 6, 9) if step <= stopped]
+    best = max(scored, key=scored.get)
+    assert {state["step"] for state in states.values()} == {best, stopped}
+    assert states[f"step_{best:08d}"]["score"] == scored[best]
+    words = ["laclip/train.py", "--deepspeed_config", "configs/deepspeed/zero3.json"]
+    run([*words, "--resume", str(folder)])
+    run(arguments(tmp_path / "straight", *settings[2:]))
+    assert losses(folder) == pytest.approx(losses(tmp_path / "straight"), abs=1e-4)
+    assert "v" in json.loads((folder / "scores.json").read_text())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, output = run(arguments(tmp_path / "file" / "run"), ranks=2, check=False)
+    assert code == 2 and "Traceback" not in output
+    assert output.count(f"run.folder: '{tmp_path / 'file' / 'run'}' cannot be used") == 1
+
+
+def test_the_lock_of_a_killed_build_is_named(tmp_path, monkeypatch):
+    lock = tmp_path / "deepspeed_shm_comm_op" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, output = run(arguments(tmp_path / "run"), check=False)
+    assert code == 2 and f"rm '{lock}'" in output and "Traceback" not in output
