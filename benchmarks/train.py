@@ -20,9 +20,10 @@ from torch.nn.functional import normalize
 from laclip.config import PRESETS, DataConfig, ModelConfig, TextConfig, VisionConfig
 from laclip.convert import to_laclip
 from laclip.dataset import open_dataset
+from laclip.flops import peak_flops, training_flops
 from laclip.kernels import clip_loss
 from laclip.loader import Loader
-from laclip.model import build_model, compile_blocks, training_flops
+from laclip.model import build_model, compile_blocks
 from laclip.optimizer import build_optimizer
 from laclip.tokenizer import load_tokenizer
 
@@ -34,7 +35,6 @@ SMALL = {
     "vision": {"patch_size": 32, "width": 384, "depth": 6, "heads": 6},
     "text": {"width": 256, "depth": 6, "heads": 4},
 }
-PEAK_FLOPS = 989e12  # one H100, dense bf16, NVIDIA's data sheet
 ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[Batch], Tensor]
@@ -234,6 +234,7 @@ def run(model: str, args: argparse.Namespace, device: str) -> list:
         seconds=args.seconds,
     )
     rival = next(r for r in records if r.name == "open_clip")
+    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     cpu = {name: 1e3 * statistics.median(taken) for name, taken in clocks.items()}
     for record in records:
         whole = not record.name.startswith("part: ")
@@ -242,7 +243,7 @@ def run(model: str, args: argparse.Namespace, device: str) -> list:
             record.extra["cpu_ms"] = cpu[record.name]
             record.extra["speed_up"] = cpu["open_clip"] / cpu[record.name] if whole else None
         elif record.median and rival.median:
-            rate = batch_size / (record.median / 1e3) / PEAK_FLOPS
+            rate = batch_size / (record.median / 1e3) / (peak or math.nan)
             tokens = record.extra["mean_tokens"]
             record.extra["speed_up"] = rival.median / record.median if whole else None
             record.extra["mfu_padded"] = training_flops(config) * rate if whole else None

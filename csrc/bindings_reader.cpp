@@ -132,8 +132,8 @@ void bind_reader(nb::module_& module) {
                    })
       .def_prop_ro("bytes", [](nb::handle self) {
         auto& batch = nb::cast<Batch&>(self);
-        return view(self, reinterpret_cast<std::uint8_t*>(batch.bytes.data()),
-                    {batch.bytes.size()});
+        const auto bytes = batch.buffer.bytes();
+        return view(self, reinterpret_cast<std::uint8_t*>(bytes.data()), {bytes.size()});
       });
 
   using Release = nb::call_guard<nb::gil_scoped_release>;
@@ -143,6 +143,7 @@ void bind_reader(nb::module_& module) {
       .def("seek", &BatchReader::seek, "index"_a, Release())
       .def("next", &BatchReader::next, Release())
       .def("read", &BatchReader::read, "index"_a, Release())
+      .def("plan", nb::overload_cast<std::uint64_t>(&BatchReader::plan), "index"_a, Release())
       .def("mark_bad", &BatchReader::mark_bad, "samples"_a)
       .def("name", &BatchReader::name, "sample"_a);
 }

@@ -130,6 +130,7 @@ ImageHeader parse_jpeg(Cursor cursor) {
     if (precision > 8) header.flags |= kSixteenBit;
     if (components == 1) header.flags |= kGrayscale;
     if (components == 4) header.flags |= kCmyk;
+    header.frame_end = cursor.at();
     header.reason = kNotBad;
     return header;
   }
@@ -217,6 +218,22 @@ ImageHeader parse_image_header(std::span<const std::byte> bytes) {
     if (std::uint64_t{header.width} * header.height > kMaxPixels) header.reason = kTooLarge;
   }
   return header;
+}
+
+bool ends_properly(const ImageHeader& header, std::span<const std::byte> bytes) {
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  if (header.format == kJpeg) {
+    // From the end: most files end here, some carry other data behind.
+    const std::size_t mark = text.rfind("\xFF\xD9");
+    return mark != text.npos && mark >= header.frame_end;
+  }
+  if (header.format == kPng) return text.rfind("IEND") != text.npos;
+  if (header.format == kWebp) {
+    Cursor riff(bytes, false);
+    riff.skip(4);
+    return std::uint64_t{riff.take(4)} + 8 <= bytes.size();
+  }
+  return false;
 }
 
 }  // namespace laclip

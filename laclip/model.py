@@ -417,24 +417,6 @@ def check_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> None
         )
 
 
-def training_flops(config: "ModelConfig", caption_tokens: float | None = None) -> float:
-    """FLOPs of the forward and backward pass of one pair, counted as the originals compute it.
-
-    A linear layer costs 2 FLOPs a weight and row, attention 4 * tokens^2 * width a layer (causal or
-    not); the backward pass costs twice the forward. What this model saves (padding, the last
-    block's rows) is not taken off: MFU stays comparable. caption_tokens: the mean length of
-    captions for real tokens; None counts padded ones.
-    """
-    vision, text = config.vision, config.text
-    patches = (vision.image_size // vision.patch_size) ** 2
-    forward: float = 2 * patches * 3 * vision.patch_size**2 * vision.width
-    tokens = text.context_length if caption_tokens is None else caption_tokens
-    for tower, rows in ((vision, patches + 1), (text, tokens)):
-        layer = (8 + 4 * tower.mlp_ratio) * rows * tower.width**2 + 4 * rows**2 * tower.width
-        forward += tower.depth * layer + 2 * tower.width * config.embed_dim
-    return 3 * forward
-
-
 def compile_blocks(model: CLIP) -> None:
     """Compiles every block in place; parameters and their names stay as they are.
 

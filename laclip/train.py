@@ -31,6 +31,7 @@ from laclip.config import Config, load_config
 from laclip.dataset import Dataset, open_dataset
 from laclip.engine_settings import engine_settings
 from laclip.evaluation import evaluate
+from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
 from laclip.model import CLIP, build_model, compile_blocks, load_weights
@@ -321,6 +322,13 @@ def run(
                 "bad_samples": len(loader.bad_samples),
                 "variants": variant_shares(variants, np.array(counts[len(STOPS) + 3 :])),
                 "memory_mib": peak_memory_mib(ranks),
+                **utilization(
+                    config.model,
+                    batch.token_ids,
+                    tokenizer.eot_token,
+                    batch_size / seconds / ranks.world_size,
+                    ranks.device,
+                ),
             }
             if not result.applied:
                 record["skipped"] = True

@@ -52,6 +52,7 @@ def gradients(model):
 
 
 LENGTHS = [[1, 77, 2, 8, 9, 16, 17, 40], [20] * 5, [1], [77, 77], list(range(2, 78))]
+LENGTHS += [[2 + 37 * i % 64 for i in range(131)]]
 
 
 def plain_text(tower, token_ids, last=False):
@@ -142,6 +143,20 @@ def test_groups_hold_every_caption_once_whole_and_with_little_padding(seed):
         expected = torch.arange(caption * CONTEXT, caption * CONTEXT + length)
         assert torch.equal(rows[row - length + 1 : row + 1], expected)
     assert len(rows) < 1.35 * int(lengths.sum())
+
+
+def test_a_few_numbers_of_rows_serve_all_batches():
+    generator = torch.Generator().manual_seed(0)
+    rows, tokens = [], 0
+    for _ in range(100):
+        lengths = (torch.randn(1024, generator=generator) * 8 + 20).clamp(4, 77).long()
+        histogram = torch.bincount((lengths - 1) // 8, minlength=10).tolist()
+        groups = group_captions(lengths, histogram, CONTEXT)[2].groups
+        assert all(count % 32 == 0 for count, _ in groups)
+        rows.append(sum(count * length for count, length in groups))
+        tokens += int(lengths.sum())
+    assert len(set(rows)) <= 12
+    assert sum(rows) < 1.25 * tokens
 
 
 def sequences_one_by_one(q, k, v, bounds, causal):

@@ -10,7 +10,7 @@ FLOORS = [
     {"kernels", "_native", "text_clean", "attention"},
     {
         *("config", "model", "tokenizer", "dataset", "images", "optimizer", "parallel"),
-        *("metrics", "convert"),
+        *("metrics", "convert", "flops"),
     },
     {
         *("loader", "evaluation", "checkpoint", "plan", "report", "prepare", "rewrite"),

@@ -50,6 +50,11 @@ def test_lines_of_a_text_have_their_numbers_as_keys(tmp_path):
     ]  # fmt: skip
 
 
+def test_half_a_character_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"key": "k", "caption": "a \\ud83d dog"}')
+    assert list(open_captions(tmp_path / "a.jsonl")[0].read()) == [("k", "a \ufffd dog")]
+
+
 def test_rows_without_a_key_have_their_numbers(tmp_path):
     (tmp_path / "a.csv").write_text("url,title\nu,one\nv,two\n")
     assert list(open_captions(tmp_path / "a.csv")[0].read()) == [("0", "one"), ("1", "two")]
@@ -100,4 +105,4 @@ def test_what_is_no_file_of_captions_is_refused(tmp_path):
         open_captions(tmp_path / "a.docx")
     (tmp_path / "a.parquet").write_bytes(b"PAR0")
     with pytest.raises(ValueError, match="not Parquet"):
-        open_captions(tmp_path / "a.parquet")
+        list(open_captions(tmp_path / "a.parquet")[0].read())

@@ -194,6 +194,27 @@ def test_the_key_reaches_the_server_and_no_file_or_message(serve, tmp_path, monk
     assert len(files) > 5 and not any(KEY in text for text in [*files, *printed])
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\n{KEY}", f"{KEY} {KEY}", f"{KEY}—"])
+def test_a_key_that_no_header_can_hold_is_not_shown(key, serve, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    (tmp_path / "a.txt").write_text("a red door\n")
+    server = serve()
+    fine = key.strip() == KEY  # as `$(cat FILE)` or an editor leaves it
+    assert command(tmp_path / "a.txt", tmp_path / "out", server) == (0 if fine else 2)
+    assert server.keys == ({f"Bearer {KEY}"} if fine else set())
+    printed = capsys.readouterr()
+    assert KEY not in printed.err + printed.out and ("OPENAI_API_KEY" in printed.err) != fine
+
+
+def test_a_run_that_got_no_answer_gives_way_to_a_corrected_command(serve, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a red door\n")
+    out, wrong = tmp_path / "out", serve(lambda number, caption: 404)
+    assert command(tmp_path / "a.txt", out, wrong, "--model", "mistyped") == 2
+    assert command(tmp_path / "a.txt", out, serve()) == 0
+    assert command(tmp_path / "a.txt", out, serve(), "--seed", 1) == 2  # there is something now
+    assert "holds another run" in capsys.readouterr().err
+
+
 def test_a_shard_that_keeps_failing_is_set_aside_and_finished_later(serve, tmp_path, monkeypatch):
     monkeypatch.setattr("laclip.rewrite.servers.TRIES", 2)
     monkeypatch.setattr("laclip.rewrite.servers.LONGEST_PAUSE_SECONDS", 0.01)
@@ -223,6 +244,10 @@ def test_an_unreadable_shard_is_set_aside_and_the_others_are_done(serve, tmp_pat
     (folder / "a.txt").write_text("a red door\n")
     (folder / "b.txt").write_bytes(b"a blue door\ncaf\xe9\n")
     (folder / "c.txt").write_bytes(b"\xff\n")
+    (tmp_path / "out").write_text("")
+    assert command(folder, tmp_path / "out", serve()) == 2
+    assert "expected a folder for the run" in capsys.readouterr().err
+    (tmp_path / "out").unlink()
     assert command(folder, tmp_path / "out", serve()) == 1
     printed = capsys.readouterr().out
     assert "set aside: b: " in printed and "set aside: c: " in printed

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from laclip.dataset import checksum_hex, open_dataset
 KINDS = (".tar", ".jsonl", ".csv", ".parquet", ".txt")
 TEXT_NAMES = ("caption", "title", "text")
 MAX_BYTES = 1 << 16  # read of one caption in a tar, as `laclip tokenize` does
+_HALF = re.compile("[\ud800-\udfff]")
 csv.field_size_limit(1 << 27)
 
 
@@ -67,9 +70,9 @@ def fingerprint(shards: list[CaptionShard]) -> str:
 def _shard(path: Path) -> CaptionShard:
     """With its number of captions where that costs no reading of the whole file."""
     if path.suffix == ".parquet":
-        with _open_parquet(path) as file:
+        with suppress(ValueError), _open_parquet(path) as file:  # told when the shard's turn comes
             return CaptionShard(path, file.metadata.num_rows)
-    if path.suffix != ".tar" and path.stat().st_size < 1 << 28:
+    elif path.suffix != ".tar" and path.stat().st_size < 1 << 28:
         return CaptionShard(path, path.read_bytes().count(b"\n"))
     return CaptionShard(path)
 
@@ -106,7 +109,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
                 f'{path}: line {int(number) + 1}: found {line[:80]!r}, expected {{"key": "...", '
                 '"caption": "..."}'
             )
-        yield key, text
+        # JSON's escapes may bring half of a character, which no tokenizer or file takes.
+        yield _HALF.sub("\ufffd", key), _HALF.sub("\ufffd", text)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from laclip.rewrite.job import read_lines, whole_file
 
 MEASURED = 50_000  # captions that the figures are of, and at most read for them
 SHOWN = 60  # samples, and as many rejects
+FARTHEST = 20  # in meaning, shown where it was measured
 _STYLE = """
 :root { color-scheme: light dark; --soft: #8882; --bar: #1f5fa8; --other: #d08a2e }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
@@ -53,9 +54,13 @@ def write_page(folder: Path, finished: list[dict]) -> Path:
             '<h2>Words a text <span class=soft>(<span style="color:var(--bar)">captions</span>, '
             '<span style="color:var(--other)">rewrites</span>)</span></h2>',
             _lengths(pairs),
-            "<h2>Samples</h2>",
-            _samples(rewrites, ("source", "text"), ("Caption", "Rewrite")),
         ]
+    measured = [entry for entry in rewrites + rejects if "similarity" in entry]
+    if measured:
+        parts += ["<h2>Similarity in meaning</h2>", _similarity(measured, job["min_similarity"])]
+    if rewrites:
+        parts += ["<h2>Samples</h2>"]
+        parts += [_samples(rewrites, ("source", "text"), ("Caption", "Rewrite"))]
     if rejects:
         columns = ("source", "text", "reason"), ("Caption", "Answer", "Reason")
         parts += ["<h2>Samples of what was rejected</h2>", _samples(rejects, *columns)]
@@ -139,13 +144,38 @@ def _lengths(pairs: list[tuple[str, str]]) -> str:
             sum(low <= len(_words(pair[side])) < high for pair in pairs) / len(pairs)
             for side in (0, 1)
         ]
-        bars = "".join(
-            f'<div class="bar{kind}" style="width:{share:.1%}"></div>'
-            for share, kind in zip(shares, ("", " other"), strict=True)
-        )
-        name = f"{low} to {high - 1}" if high < 10**9 else f"{low} and more"
-        rows.append(f"<tr><td>{name}<td class=wide>{bars}<td>{shares[0]:.1%}<td>{shares[1]:.1%}")
+        rows.append(_bars(f"{low} to {high - 1}" if high < 10**9 else f"{low} and more", shares))
     return f"<table>{''.join(rows)}</table>"
+
+
+def _similarity(entries: list[dict], least: float | None) -> str:
+    """Mean, distribution and the farthest of what an encoder measured."""
+    ordered = sorted(entries, key=lambda entry: entry["similarity"])
+    values = [entry["similarity"] for entry in ordered]
+    tenths = Counter(min(int(value * 10 // 1), 9) for value in values)
+    bars = [
+        _bars(f"{i / 10:.1f} to {i / 10 + 0.1:.1f}", [tenths[i] / len(values)])
+        for i in range(min(tenths), 10)
+    ]
+    low, middle, high = (values[int(share * (len(values) - 1))] for share in (0.05, 0.5, 0.95))
+    told = f"Mean {sum(values) / len(values):.3f}, median {middle:.3f}; nine in ten lie between "
+    told += f"{low:.3f} and {high:.3f}. "
+    told += "All answers with words, accepted or not" if least is None else f"Least: {least}"
+    rows = [
+        f"<tr><td class=left>{html.escape(entry['source'][:400])}"
+        f"<td class=left>{html.escape(entry['text'][:400])}<td>{entry['similarity']:.3f}"
+        for entry in ordered[:FARTHEST]
+    ]
+    head = "<tr><th class=left>Farthest captions<th class=left>Answers<th>Similarity"
+    return f"<p>{told}.</p><table>{''.join(bars)}</table><table>{head}{''.join(rows)}</table>"
+
+
+def _bars(name: str, shares: list[float]) -> str:
+    bars = "".join(
+        f'<div class="bar{kind}" style="width:{share:.1%}"></div>'
+        for share, kind in zip(shares, ("", " other"), strict=False)
+    )
+    return f"<tr><td>{name}<td class=wide>{bars}" + "".join(f"<td>{x:.1%}" for x in shares)
 
 
 def _samples(entries: list[dict], fields: tuple, names: tuple) -> str:

@@ -41,7 +41,9 @@ class Servers:
         self.model, self.sampling = model, sampling
         self.in_flight, self.timeout_seconds = in_flight, timeout_seconds
         self.first_pause_seconds = first_pause_seconds
-        self._key = os.environ.get(KEY_VARIABLE, "")
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
+            raise ValueError(f"{KEY_VARIABLE}: expected one word of ASCII characters")
         self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
         self._closed = False
