@@ -177,7 +177,7 @@ class Watchdog:
         if messages is None:
             self._drop(peer)
             if peer.rank >= 0:
-                self._end(f"rank {peer.rank} died while {peer.doing}", peer.rank)
+                self._end(f"rank {peer.rank} died, last known to be {peer.doing}", peer.rank)
 
     def _drop(self, peer: _Peer) -> None:
         with self._lock:

@@ -111,7 +111,7 @@ def test_a_killed_rank_ends_the_job_at_once_with_its_name(tmp_path, victim):
         codes = job.wait_for_the_end(10)
         assert sorted(codes) == [-signal.SIGKILL, 1]
         assert re.search(
-            f"laclip: rank {victim} died while .*; the job ends", job.output.read_text()
+            f"laclip: rank {victim} died, last known to be .*; the job ends", job.output.read_text()
         )
         found = status(job.folder)
         assert found["state"] == "resumable" and f"rank {victim} died" in found["reason"]
