@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from soak import ROOT, SETTINGS, steps_done
+from soak_run import ROOT, SETTINGS, steps_done
 
 HOSTS = {"laclip-a": "10.77.0.1", "laclip-b": "10.77.0.2"}
 TIMEOUT_MINUTES = 0.25

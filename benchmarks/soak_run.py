@@ -1,6 +1,6 @@
 """Kill -9 at random moments of a run on two ranks, resume every time, compare the weights.
 
-python benchmarks/soak.py [--kills 20] [--steps 300] [--zero 1] [--seed 0] [--out FILE]
+python benchmarks/soak_run.py [--kills 20] [--steps 300] [--zero 1] [--seed 0] [--out FILE]
 
 Each time one rank or both are killed, at a moment drawn from the start of the processes or from a
 stretch of training. What is left of the job must end by itself. At the end the weights
