@@ -233,7 +233,7 @@ class ImagePipeline:
         images.copy_(torch.from_dlpack(output.as_tensor()))
 
     def _recover(self, batch: _Batch, positions: Sequence[int], error: RuntimeError) -> None:
-        """Decode apart what was lost with a part of the oldest batch, in a new pipeline the rest."""
+        """Decode apart the lost part of the oldest batch; all that follows, in a new pipeline."""
         self._pipeline = self._build()  # the old one ends before its images are let go
         for lost in self._in_flight:
             lost.started = lost.done

@@ -23,7 +23,6 @@ from laclip.dataset import Dataset
 from laclip.images import DecodeError, ImagePipeline
 from laclip.tokenizer import Tokenizer
 
-
 # csrc/batch_reader.hpp, BrokenReason
 BROKEN = ("", "its header is not what the index says", "the file is cut short")
 
@@ -49,9 +48,9 @@ class Loader:
     """Iterates over batches from `start` on, without end.
 
     datasets: opened dataset folders, tokenized by `tokenizer`. global_batch_size: over all ranks;
-    a multiple of world_size. image_size: pixels a side. dtype: of the images. bad_samples: samples known to be bad, as
-    an earlier run's `bad_samples` gave them. bad_log: a JSONL file to which this rank appends
-    what it finds. Raises ValueError for settings that contradict the datasets.
+    a multiple of world_size. image_size: pixels a side. dtype: of the images. bad_samples: samples
+    known to be bad, as an earlier run's `bad_samples` gave them. bad_log: a JSONL file to which
+    this rank appends what it finds. Raises ValueError for settings that contradict the datasets.
     """
 
     def __init__(
