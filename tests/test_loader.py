@@ -1,23 +1,19 @@
-"""The loader with DALI: images, bad data at run time, resume."""
+"""The loader: its ranks, its restarts, bad data at run time."""
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from laclip.config import DataConfig
 from laclip.dataset import open_dataset
-from laclip.images import NORMALIZATION, DecodeError, ImagePipeline
 from laclip.loader import DataError, Loader
 from laclip.tokenizer import load_tokenizer
 
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
 CPU = torch.device("cpu")
-FILTERS = {"cubic": Image.Resampling.BICUBIC, "linear": Image.Resampling.BILINEAR}
 
 
 def loader(folder=EMOJI / "train", data=None, **values):
@@ -30,126 +26,6 @@ def loader(folder=EMOJI / "train", data=None, **values):
     }
     data = data or DataConfig()
     return Loader([open_dataset(folder)], data, load_tokenizer(), **{**settings, **values})
-
-
-def levels(images, normalize="openai"):
-    """Normalized images back in levels of 255."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in NORMALIZATION[normalize])
-    return (images * std + mean) * 255
-
-
-def photograph(width, height, seed):
-    """A JPEG with smooth shading, edges and texture, and the picture that PIL decodes from it."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (height // 24, width // 24, 3), dtype=np.uint8))
-    picture = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    picture[height // 3 : height // 2, width // 4 : width // 2] //= 2
-    picture += rng.integers(-6, 7, picture.shape)
-    buffer = io.BytesIO()
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
-    return np.frombuffer(buffer.getvalue(), np.uint8), Image.open(buffer).convert("RGB")
-
-
-@pytest.mark.parametrize("interpolation", ["cubic", "linear"])
-def test_training_images_are_those_of_pil(interpolation):
-    encoded, pictures = zip(*(photograph(400 + 30 * i, 300 + 20 * i, i) for i in range(6)))
-    windows = np.array([[7, 11, 350, 260], [0, 0, 100, 200], [50, 60, 224, 224]] * 2, np.int32)
-    mirrors = np.array([0, 1] * 3, np.uint8)
-    pipeline = ImagePipeline(
-        batch_size=6, image_size=224, interpolation=interpolation, train=True, device=CPU
-    )
-    pipeline.feed(list(encoded), windows, mirrors)
-    images = levels(pipeline.take())
-    for image, picture, (x, y, w, h), mirror in zip(images, pictures, windows, mirrors):
-        expected = picture.crop((x, y, x + w, y + h)).resize((224, 224), FILTERS[interpolation])
-        if mirror:
-            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        difference = np.abs(image.permute(1, 2, 0).numpy() - np.asarray(expected, np.float32))
-        assert difference.mean() < 1
-
-
-def test_evaluation_images_are_those_of_pil():
-    sizes = ((500, 300), (320, 480), (224, 224), (333, 251), (225, 224), (229, 224), (100, 90))
-    encoded, pictures = zip(*(photograph(w, h, w) for w, h in sizes))
-    pipeline = ImagePipeline(batch_size=len(sizes), image_size=224, train=False, device=CPU)
-    pipeline.feed(list(encoded))
-    for image, picture in zip(levels(pipeline.take()), pictures):
-        # torchvision's Resize and CenterCrop
-        size = [int(224 * side / min(picture.size)) for side in picture.size]
-        resized = picture.resize(size, Image.Resampling.BICUBIC)
-        x, y = (round((side - 224) / 2) for side in size)
-        expected = np.asarray(resized.crop((x, y, x + 224, y + 224)), np.float32)
-        difference = np.abs(image.permute(1, 2, 0).numpy() - expected)
-        assert difference.mean() < 1
-
-
-def test_normalization_can_be_imagenets():
-    encoded, _ = photograph(300, 300, 0)
-    images = []
-    for normalize in NORMALIZATION:
-        pipeline = ImagePipeline(
-            batch_size=1, image_size=64, normalize=normalize, train=False, device=CPU
-        )
-        pipeline.feed([encoded])
-        images.append(levels(pipeline.take(), normalize))
-    assert (images[0] - images[1]).abs().max() < 1e-2
-
-
-def test_undecodable_images_are_named_and_the_pipeline_goes_on():
-    good = [photograph(200, 150, i)[0] for i in range(8)]
-    gif = io.BytesIO()
-    Image.new("RGB", (40, 40)).save(gif, "GIF")
-    bad = list(good)
-    bad[1] = np.frombuffer(gif.getvalue(), np.uint8)
-    bad[4] = np.zeros(0, np.uint8)
-    bad[6] = good[6][:300]
-    windows = np.tile(np.array([[0, 0, 150, 150]], np.int32), (8, 1))
-    mirrors = np.zeros(8, np.uint8)
-    pipeline = ImagePipeline(batch_size=8, image_size=64, train=True, device=CPU)
-    pipeline.feed(good, windows, mirrors)
-    expected = pipeline.take()
-    for _ in range(2):
-        pipeline.feed(bad, windows, mirrors)
-        pipeline.feed(good, windows, mirrors)
-        with pytest.raises(DecodeError) as error:
-            pipeline.take()
-        assert sorted(error.value.reasons) == [1, 4, 6]
-        assert all(error.value.reasons.values())
-        pipeline.replace({i: good[i] for i in (1, 4, 6)}, windows, mirrors)
-        assert torch.equal(pipeline.take(), expected)
-        assert torch.equal(pipeline.take(), expected)
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_damaged_headers_in_batches_in_flight_never_crash(train):
-    # A header that does not parse once ended the process: see ImagePipeline._build.
-    good = [photograph(120, 100, i)[0] for i in range(32)]
-    windows = np.tile(np.array([[5, 5, 80, 80]], np.int32), (32, 1))
-    extra = (windows, np.zeros(32, np.uint8)) if train else ()
-    pipeline = ImagePipeline(batch_size=32, image_size=32, train=train, device=CPU)
-    pipeline.feed(good, *extra)
-    expected = pipeline.take()
-    rng = np.random.default_rng(0)
-    failures = 0
-    for _ in range(25):
-        damaged = list(good)
-        for position in rng.choice(32, 3, replace=False):
-            image = good[position].copy()
-            image[rng.integers(0, 600, 3)] = rng.integers(0, 256, 3)
-            damaged[position] = image[: rng.integers(20, len(image))]
-        pipeline.feed(good, *extra)
-        pipeline.feed(damaged, *extra)
-        assert torch.equal(pipeline.take(), expected)
-        pipeline.feed(good, *extra)
-        try:
-            pipeline.take()
-        except DecodeError as error:
-            failures += 1
-            assert len(error.reasons) <= 3
-            pipeline.feed(good, *extra)  # leaves the failed batch out
-            assert torch.equal(pipeline.take(), expected)
-        assert torch.equal(pipeline.take(), expected)
-    assert failures > 15
 
 
 def test_a_loader_started_at_k_gives_what_one_from_the_start_gives():
