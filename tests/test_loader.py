@@ -1,5 +1,7 @@
 """The loader: its ranks, its restarts, bad data at run time."""
 
+import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -28,25 +30,59 @@ def loader(folder=EMOJI / "train", data=None, **values):
     return Loader([open_dataset(folder)], data, load_tokenizer(), **{**settings, **values})
 
 
-def test_a_loader_started_at_k_gives_what_one_from_the_start_gives():
-    straight = loader()
-    batches = [next(straight) for _ in range(6)]
-    later = loader(start=4, data=DataConfig(prefetch=3, reader_threads=1, decode_threads=1))
-    for expected in batches[4:]:
-        batch = next(later)
-        assert batch.index == expected.index
-        assert torch.equal(batch.images, expected.images)
-        assert torch.equal(batch.token_ids, expected.token_ids)
+EPOCH = 26  # batches of 128: past the end of the 3,070 samples
 
 
-def test_two_ranks_give_the_halves_of_one():
-    whole = loader()
-    halves = [loader(rank=rank, world_size=2) for rank in range(2)]
-    for _ in range(3):
-        expected = next(whole)
-        parts = [next(half) for half in halves]
-        assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
-        assert torch.equal(torch.cat([part.token_ids for part in parts]), expected.token_ids)
+def hashes(batch, keys):
+    """A hash of all that training sees of a sample, for each sample of a batch."""
+    return [
+        hashlib.sha256(
+            b"|".join(
+                [
+                    keys[batch.samples[i]].encode(),
+                    batch.drawn_variants[i].tobytes(),
+                    batch.token_ids[i].numpy().tobytes(),
+                    batch.images[i].numpy().tobytes(),  # and so the window and the flip
+                ]
+            )
+        ).hexdigest()
+        for i in range(len(batch.samples))
+    ]
+
+
+def epoch_hashes(world_size, restarts, **data):
+    """The hashes of an epoch's global batches; at each restart all ranks begin anew."""
+    dataset = open_dataset(EMOJI / "train")
+    keys = [key for shard in range(len(dataset.shards)) for key in dataset.samples(shard).keys()]
+    found = []
+    for begin, end in itertools.pairwise([0, *restarts, EPOCH]):
+        ranks = [
+            loader(
+                data=DataConfig(flip=True, window_shards=2, **data),
+                global_batch_size=128,
+                image_size=24,
+                rank=rank,
+                world_size=world_size,
+                start=begin,
+            )
+            for rank in range(world_size)
+        ]
+        for index in range(begin, end):
+            parts = [next(rank) for rank in ranks]
+            assert {part.index for part in parts} == {index}
+            found.append([h for part in parts for h in hashes(part, keys)])
+    return found
+
+
+def test_ranks_restarts_threads_and_prefetch_change_no_hash_of_an_epoch():
+    expected = epoch_hashes(1, [])
+    assert len({h for batch in expected for h in batch}) > 3070  # the second epoch draws anew
+    for world_size, restarts, data in (
+        (1, [1, 9], {"prefetch": 1, "reader_threads": 1, "decode_threads": 1}),
+        (2, [13], {"prefetch": 3, "reader_threads": 2, "decode_threads": 1}),
+        (4, [], {"prefetch": 2, "reader_threads": 3, "decode_threads": 2}),
+    ):
+        assert epoch_hashes(world_size, restarts, **data) == expected
 
 
 def damage(folder, samples, keep=0.0):
@@ -127,17 +163,28 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_refused():
 
 
 def test_several_datasets_are_one_list(emoji_copy):
+    folders = [EMOJI / "train", emoji_copy]
+    one = open_dataset(folders[0]).num_samples
     both = Loader(
-        [open_dataset(EMOJI / "train"), open_dataset(emoji_copy)],
+        [open_dataset(folder) for folder in folders],
         DataConfig(),
         load_tokenizer(),
         seed=0,
-        global_batch_size=64,
-        image_size=32,
+        global_batch_size=307,
+        image_size=16,
         context_length=32,
         device=CPU,
     )
-    one = open_dataset(EMOJI / "train").num_samples
     assert both.num_samples == 2 * one
-    samples = np.concatenate([next(both).samples for _ in range(4)])
-    assert (samples < one).any() and (samples >= one).any()
+    batches = [next(both) for _ in range(2 * one // 307)]
+    samples = np.concatenate([batch.samples for batch in batches])
+    assert sorted(samples) == list(range(2 * one))  # an epoch holds each of both once
+    mixed = [batch for batch in batches if (batch.samples < one).any()]
+    assert any((batch.samples >= one).any() for batch in mixed)
+    # Place one + i in the list is sample i of the second: the same picture and captions here.
+    texts = {}
+    for batch in batches:
+        for sample, variant, ids in zip(batch.samples, batch.drawn_variants, batch.token_ids):
+            texts.setdefault((int(sample) % one, int(variant)), []).append(ids.tolist())
+    twice = [found for found in texts.values() if len(found) == 2]
+    assert len(twice) > 300 and all(a == b for a, b in twice)
