@@ -229,6 +229,7 @@ def run(
         image_size=config.model.vision.image_size,
         context_length=config.model.text.context_length,
         device=ranks.device,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
         rank=ranks.rank,
         world_size=ranks.world_size,
         start=state["step"],
