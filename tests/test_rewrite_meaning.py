@@ -103,13 +103,14 @@ def test_a_real_model_finds_paraphrases_nearer_than_other_captions(found):
 
 
 def test_what_is_too_far_in_meaning_is_rejected_counted_and_shown(
-    found, encoder, environment, tmp_path
+    found, encoder, wordnet, environment, tmp_path
 ):
     captions = (Path(__file__).parent / "data" / "captions.txt").read_text().split("\n")
     (tmp_path / "captions.txt").write_text("\n".join(captions[:200]))
 
     def run(out, *more):
-        words = ["rewrite", "captions.txt", out, "--method", "eda", "--encoder", encoder, *more]
+        words = ["rewrite", "captions.txt", out, "--method", "eda", "--wordnet", wordnet]
+        words += ["--encoder", encoder, *more]
         command = [sys.executable, "-m", "laclip.cli", *map(str, words)]
         subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
         files = [tmp_path / out / kind / "captions.jsonl" for kind in ("shards", "rejects")]
@@ -152,6 +153,7 @@ def test_an_encoder_with_more_layers_than_pooling_is_refused(module, tmp_path, c
                ("Transformer", "Pooling", module)]  # fmt: skip
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "a.txt").write_text("a red door\n")
-    given = ["rewrite", tmp_path / "a.txt", tmp_path / "out", "--method", "eda", "--encoder"]
-    assert main([*map(str, given), str(tmp_path)]) == 2
+    given = ["rewrite", tmp_path / "a.txt", tmp_path / "out", "--server", "http://localhost/v1"]
+    given += ["--model", "m", "--encoder", tmp_path]
+    assert main(list(map(str, given))) == 2
     assert module in capsys.readouterr().err
