@@ -65,6 +65,17 @@ for way, pick in (ways | {"lasttoken": lambda rows: rows[-1]}).items():
         worst = max(worst, float((alone / alone.norm() - feature).abs().max()))
     found[way] = worst
 
+import transformers
+translator = folder.with_name("t5")
+encoder.tokenizer.save_pretrained(translator)
+sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+config = transformers.T5Config(**sizes, vocab_size=len(encoder.tokenizer))
+transformers.T5Model(config).save_pretrained(translator)
+try:
+    Encoder(translator)
+except ValueError as error:
+    found["refused"] = str(error)
+
 real = Encoder(gguf)
 first, second = (real.embed([pair[i] for pair in pairs]) for i in (0, 1))
 cosines = first @ second.T
@@ -95,6 +106,10 @@ def found(encoder, packages, environment):
 @pytest.mark.parametrize("way", ["mean", "cls", "lasttoken"])
 def test_features_are_those_of_each_text_alone_pooled_as_the_folder_says(way, found):
     assert found[way] < 1e-5
+
+
+def test_a_model_of_another_kind_is_refused(found):
+    assert "T5Model is no encoder of sentences" in found["refused"]
 
 
 def test_a_real_model_finds_paraphrases_nearer_than_other_captions(found):
