@@ -1,23 +1,17 @@
 #include "batch_reader.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
+#include <unordered_map>
 #include <utility>
 
 #include "image_header.hpp"
-#include "philox.hpp"
 
 namespace laclip {
 namespace {
 
-constexpr std::size_t kPartSamples = 16;  // images that one worker reads at a time
-constexpr int kCropTries = 10;            // as torchvision's RandomResizedCrop
-
-PhiloxBlock draw(std::uint64_t seed, Stream stream, std::uint64_t sample, std::uint64_t epoch,
-                 std::uint64_t number) {
-  return philox({sample, epoch, static_cast<std::uint64_t>(stream), number}, seed, 0);
-}
+constexpr std::size_t kPartSamples = 16;   // images that one worker reads at a time
+constexpr std::size_t kBlockSamples = 64;  // planned together while their memory is fetched
 
 std::vector<std::uint64_t> counts_of(const std::vector<ShardFiles>& shards) {
   std::vector<std::uint64_t> counts;
@@ -27,17 +21,49 @@ std::vector<std::uint64_t> counts_of(const std::vector<ShardFiles>& shards) {
 
 }  // namespace
 
+std::shared_ptr<Batch> BatchPool::take() {
+  std::unique_ptr<Batch> batch;
+  {
+    const std::lock_guard lock(free_->mutex);
+    if (!free_->batches.empty()) {
+      batch = std::move(free_->batches.back());
+      free_->batches.pop_back();
+    }
+  }
+  if (!batch) batch = std::make_unique<Batch>();
+  return {batch.release(), [free = free_](Batch* given_back) {
+            std::unique_ptr<Batch> owned(given_back);
+            const std::lock_guard lock(free->mutex);
+            free->batches.push_back(std::move(owned));
+          }};
+}
+
 struct BatchReader::Slot {
-  std::shared_ptr<Batch> batch = std::make_shared<Batch>();
-  OpenShards opened;
+  std::shared_ptr<Batch> batch;
+  std::unordered_map<std::uint32_t, std::shared_ptr<const Shard>> opened;
   std::vector<SamplePlace> place;
+  std::vector<const Shard*> shard;  // of each place
+  std::vector<SamplePlace> global;  // of all ranks, once a substitute is needed
   bool planned = false;
   std::size_t next_part = 0;
   std::size_t parts = 0;
   std::size_t parts_left = 0;
   std::exception_ptr error;
+
   bool done() const { return error != nullptr || (planned && parts_left == 0); }
+  const Shard& open(ShardCache& cache, std::uint32_t number) {
+    auto& entry = opened[number];
+    if (!entry) entry = cache.open(number);
+    return *entry;
+  }
 };
+
+std::shared_ptr<BatchReader::Slot> BatchReader::new_slot(std::uint64_t index) {
+  auto slot = std::make_shared<Slot>();
+  slot->batch = pool_.take();
+  slot->batch->index = index;
+  return slot;
+}
 
 BatchReader::BatchReader(std::vector<ShardFiles> shards, ReaderOptions options)
     : options_(std::move(options)),
@@ -103,12 +129,19 @@ std::shared_ptr<Batch> BatchReader::next() {
   return slot->batch;
 }
 
+std::shared_ptr<Batch> BatchReader::plan(std::uint64_t index) {
+  const auto slot = new_slot(index);
+  plan(*slot);
+  slot->batch->buffer.resize(0);
+  return slot->batch;
+}
+
 std::shared_ptr<Batch> BatchReader::read(std::uint64_t index) {
-  Slot slot;
-  slot.batch->index = index;
-  plan(slot);
-  for (std::size_t part = 0; part < slot.parts; ++part) read_part(slot, part);
-  return slot.batch;
+  const auto slot = new_slot(index);
+  plan(*slot);
+  slot->batch->buffer.resize(slot->batch->begin.back());
+  for (std::size_t part = 0; part < slot->parts; ++part) read_part(*slot, part);
+  return slot->batch;
 }
 
 void BatchReader::mark_bad(const std::vector<std::uint64_t>& samples) {
@@ -135,8 +168,7 @@ void BatchReader::work() {
     }
     const bool planning = !slot && queue_.size() < options_.prefetch;
     if (planning) {
-      slot = std::make_shared<Slot>();
-      slot->batch->index = next_index_++;
+      slot = new_slot(next_index_++);
       queue_.push_back(slot);
     }
     if (!slot) {
@@ -147,7 +179,15 @@ void BatchReader::work() {
     lock.unlock();
     std::exception_ptr error;
     try {
-      planning ? plan(*slot) : read_part(*slot, part);
+      if (planning) {
+        plan(*slot);
+        slot->batch->buffer.resize(slot->batch->begin.back());
+        for (std::size_t i = 0; i < slot->batch->size; ++i) {
+          slot->shard[i]->expect_image(slot->place[i].index);
+        }
+      } else {
+        read_part(*slot, part);
+      }
     } catch (...) {
       error = std::current_exception();
     }
@@ -187,10 +227,31 @@ std::shared_ptr<const EpochOrder> BatchReader::order_of(std::uint64_t epoch) {
   return result;
 }
 
-const Shard& BatchReader::open(OpenShards& opened, std::uint32_t shard) {
-  auto& entry = opened[shard];
-  if (!entry) entry = cache_.open(shard);
-  return *entry;
+// Where the samples of a range of positions lie, whatever is bad; they may run into another epoch.
+void BatchReader::place_samples(std::uint64_t first, std::span<SamplePlace> out) {
+  for (std::size_t done = 0; done < out.size();) {
+    const std::uint64_t position = (first + done) % samples();
+    const auto count =
+        static_cast<std::size_t>(std::min<std::uint64_t>(out.size() - done, samples() - position));
+    const std::uint64_t epoch = (first + done) / samples();
+    order_of(epoch)->places(position, out.subspan(done, count));
+    done += count;
+  }
+}
+
+// Opens the shards of the window after this one, once: their sidecars come from the disk meanwhile.
+void BatchReader::open_next_window(std::uint64_t first) {
+  const auto order = order_of(first / samples());
+  const std::size_t next = order->window_of(first % samples()) + 1;
+  const std::uint64_t mark = first / samples() * order->windows() + next;
+  if (next == order->windows() || opened_window_.exchange(mark) == mark) return;
+  for (const std::uint32_t shard : order->shards_of(next)) {
+    try {
+      cache_.open(shard);
+    } catch (const std::runtime_error&) {
+      // The batch that needs it will say so.
+    }
+  }
 }
 
 void BatchReader::plan(Slot& slot) {
@@ -201,52 +262,69 @@ void BatchReader::plan(Slot& slot) {
   }
   Batch& batch = *slot.batch;
   const bool multi = options_.policy == CaptionPolicy::kMulti;
-  batch.size = options_.global_batch_size / options_.world_size;
-  batch.variants = multi ? cache_.files(0).variants : 1;
-  const std::size_t size = batch.size;
+  const std::size_t size = options_.global_batch_size / options_.world_size;
   const std::size_t length = options_.context_length;
+  batch.size = size;
+  batch.variants = multi ? cache_.files(0).variants : 1;
+  batch.substitutes = 0;
   batch.sample.resize(size);
   batch.epoch.resize(size);
   batch.variant.assign(size, 0);
   batch.begin.assign(size + 1, 0);
   batch.window.resize(4 * size);
   batch.mirror.resize(size);
-  batch.token_ids.assign(batch.variants * size * length, options_.pad_token);
+  batch.token_ids.resize(batch.variants * size * length);
+  batch.broken.assign(size, kSound);
   slot.place.resize(size);
-  const std::uint64_t first = batch.index * options_.global_batch_size + options_.rank * size;
-  std::shared_ptr<const EpochOrder> order;
-  std::uint64_t order_epoch = 0;
-  for (std::size_t i = 0; i < size; ++i) {
-    const std::uint64_t epoch = (first + i) / samples();
-    if (!order || order_epoch != epoch) {
-      order = order_of(epoch);
-      order_epoch = epoch;
+  slot.shard.resize(size);
+  slot.parts = (size + kPartSamples - 1) / kPartSamples;
+  const std::uint64_t position = batch.index * options_.global_batch_size + options_.rank * size;
+  place_samples(position, slot.place);
+  for (std::size_t i = 0; i < size; ++i) batch.epoch[i] = (position + i) / samples();
+  open_next_window(position);
+  for (std::size_t first = 0; first < size; first += kBlockSamples) {
+    const std::size_t last = std::min(size, first + kBlockSamples);
+    for (std::size_t i = first; i < last; ++i) {
+      slot.shard[i] = &slot.open(cache_, slot.place[i].shard);
+      slot.shard[i]->expect_sample(slot.place[i].index);
     }
-    SamplePlace place = order->at((first + i) % samples());
-    const Shard& shard = open(slot.opened, place.shard);
-    if (is_bad(shard, place, *bad)) {
-      place = substitute(shard, batch.index, first + i, place, *bad);
-      ++batch.substitutes;
-    }
-    const std::uint64_t sample = first_sample_[place.shard] + place.index;
-    slot.place[i] = place;
-    batch.sample[i] = sample;
-    batch.epoch[i] = epoch;
-    batch.begin[i + 1] = batch.begin[i] + shard.record(place.index).bytes;
-    draw_window(shard.record(place.index), sample, epoch, &batch.window[4 * i], &batch.mirror[i]);
-    if (multi) {
-      for (std::uint32_t variant = 0; variant < batch.variants; ++variant) {
-        write_caption(shard, place.index, variant, &batch.token_ids[(variant * size + i) * length]);
+    for (std::size_t i = first; i < last; ++i) draw_sample(slot, i, *bad);
+    for (std::size_t i = first; i < last; ++i) {
+      const std::uint32_t index = slot.place[i].index;
+      for (std::uint32_t number = 0; number < batch.variants; ++number) {
+        const std::uint32_t variant = multi ? number : batch.variant[i];
+        write_caption(*slot.shard[i], index, variant,
+                      &batch.token_ids[(number * size + i) * length]);
       }
-    } else {
-      const std::uint32_t variant = draw_variant(shard, place.index, sample, epoch);
-      batch.variant[i] = static_cast<std::uint8_t>(variant);
-      write_caption(shard, place.index, variant, &batch.token_ids[i * length]);
     }
   }
-  batch.bytes.resize(batch.begin[size]);
-  batch.broken.assign(size, 0);
-  slot.parts = (size + kPartSamples - 1) / kPartSamples;
+}
+
+// All that is decided about a sample but the tokens of its caption, which are asked for.
+void BatchReader::draw_sample(Slot& slot, std::size_t i, const std::set<std::uint64_t>& bad) {
+  Batch& batch = *slot.batch;
+  const Shard& shard = *slot.shard[i];
+  SamplePlace& place = slot.place[i];
+  if (is_bad(shard, place, bad)) {
+    place = substitute(slot, options_.rank * batch.size + i, bad);
+    ++batch.substitutes;
+  }
+  const SampleRecord& record = shard.record(place.index);
+  const std::uint64_t sample = first_sample_[place.shard] + place.index;
+  const std::uint64_t epoch = batch.epoch[i];
+  batch.sample[i] = sample;
+  batch.begin[i + 1] = batch.begin[i] + record.bytes;
+  const bool on_its_side = options_.exif_rotation && record.orientation >= 5;
+  draw_window(options_, on_its_side ? record.height : record.width,
+              on_its_side ? record.width : record.height, sample, epoch,
+              std::span<std::int32_t, 4>(&batch.window[4 * i], 4));
+  batch.mirror[i] = draw_mirror(options_, sample, epoch);
+  if (options_.policy == CaptionPolicy::kMulti) return;
+  std::uint32_t variant = draw_variant(options_, shard.variants(), sample, epoch);
+  const std::uint32_t flags = shard.caption_entry(place.index, variant);
+  if ((flags & (kCaptionMissing | kCaptionShort)) != 0) variant = 0;
+  batch.variant[i] = static_cast<std::uint8_t>(variant);
+  shard.expect_caption(place.index, variant);
 }
 
 bool BatchReader::is_bad(const Shard& shard, SamplePlace place,
@@ -257,24 +335,29 @@ bool BatchReader::is_bad(const Shard& shard, SamplePlace place,
          (!bad.empty() && bad.contains(first_sample_[place.shard] + place.index));
 }
 
-// Another sample of the same shard that stands nowhere else in the same global batch. The bad
-// samples of the shard in this batch are served in the order of their positions, so that no two
-// get the same one, whichever rank asks.
-SamplePlace BatchReader::substitute(const Shard& shard, std::uint64_t batch, std::uint64_t position,
-                                    SamplePlace place, const std::set<std::uint64_t>& bad) {
-  const std::uint64_t first = batch * options_.global_batch_size;
+// Another sample of the same shard that stands nowhere else in the same global batch, for the bad
+// one at `position` of that batch. The bad samples of the shard in this batch are served in the
+// order of their positions, so that no two get the same one, whichever rank asks.
+SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
+                                    const std::set<std::uint64_t>& bad) {
+  const std::uint64_t first = slot.batch->index * options_.global_batch_size;
+  if (slot.global.empty()) {
+    slot.global.resize(options_.global_batch_size);
+    place_samples(first, slot.global);
+  }
+  SamplePlace found = slot.global[position];
+  const Shard& shard = slot.open(cache_, found.shard);
   std::set<std::uint32_t> taken;
   std::vector<std::pair<std::uint64_t, std::uint32_t>> bad_here;  // position, index in the shard
-  for (std::uint64_t at = first; at < first + options_.global_batch_size; ++at) {
-    const SamplePlace other = order_of(at / samples())->at(at % samples());
-    if (other.shard != place.shard) continue;
+  for (std::size_t at = 0; at < slot.global.size(); ++at) {
+    const SamplePlace other = slot.global[at];
+    if (other.shard != found.shard) continue;
     taken.insert(other.index);
-    if (at <= position && is_bad(shard, other, bad)) bad_here.emplace_back(at, other.index);
+    if (at <= position && is_bad(shard, other, bad)) bad_here.emplace_back(first + at, other.index);
   }
-  const std::uint64_t count = counts_[place.shard];
-  SamplePlace found = place;
+  const std::uint64_t count = counts_[found.shard];
   for (const auto& [at, index] : bad_here) {
-    const std::uint64_t sample = first_sample_[place.shard] + index;
+    const std::uint64_t sample = first_sample_[found.shard] + index;
     const PhiloxBlock key = draw(options_.seed, Stream::kSubstitute, sample, at / samples(), 0);
     const KeyedBijection order(count, key[0], key[1]);
     bool done = false;
@@ -284,7 +367,7 @@ SamplePlace BatchReader::substitute(const Shard& shard, std::uint64_t batch, std
     }
     if (!done) {
       throw std::runtime_error(
-          "'" + cache_.files(place.shard).tar + "' sample " + std::string(shard.key(index)) +
+          "'" + cache_.files(found.shard).tar + "' sample " + std::string(shard.key(index)) +
           " is bad, and every other sample of the shard is bad too or stands in the same batch: "
           "use a smaller batch or larger shards, or remove the shard");
     }
@@ -293,94 +376,35 @@ SamplePlace BatchReader::substitute(const Shard& shard, std::uint64_t batch, std
   return found;
 }
 
-std::uint32_t BatchReader::draw_variant(const Shard& shard, std::uint32_t index,
-                                        std::uint64_t sample, std::uint64_t epoch) const {
-  const std::uint32_t variants = shard.variants();
-  if (variants == 1 || options_.policy == CaptionPolicy::kOriginal) return 0;
-  const std::uint64_t word = draw(options_.seed, Stream::kCaption, sample, epoch, 0)[0];
-  std::uint32_t variant = 0;
-  if (options_.policy == CaptionPolicy::kWeights) {
-    double total = 0;
-    for (double weight : options_.weights) total += weight;
-    double left = to_unit(word) * total;
-    while (variant + 1 < variants && left >= options_.weights[variant]) {
-      left -= options_.weights[variant++];
-    }
-  } else {
-    variant = static_cast<std::uint32_t>(to_below(word, variants));
-  }
-  const std::uint32_t flags = shard.caption_entry(index, variant);
-  return (flags & (kCaptionMissing | kCaptionShort)) != 0 ? 0 : variant;
-}
-
-// The crop of torchvision's RandomResizedCrop (v0.26), from counter-based numbers.
-void BatchReader::draw_window(const SampleRecord& record, std::uint64_t sample, std::uint64_t epoch,
-                              std::int32_t* window, std::uint8_t* mirror) const {
-  const double width = record.width;
-  const double height = record.height;
-  const double log_low = std::log(options_.ratio_low);
-  const double log_high = std::log(options_.ratio_high);
-  const auto put = [&](double w, double h, std::uint64_t x_word, std::uint64_t y_word) {
-    const auto columns = static_cast<std::uint64_t>(w);
-    const auto rows = static_cast<std::uint64_t>(h);
-    window[0] = static_cast<std::int32_t>(to_below(x_word, record.width - columns + 1));
-    window[1] = static_cast<std::int32_t>(to_below(y_word, record.height - rows + 1));
-    window[2] = static_cast<std::int32_t>(columns);
-    window[3] = static_cast<std::int32_t>(rows);
-  };
-  *mirror = 0;
-  if (options_.flip) {
-    *mirror = static_cast<std::uint8_t>(
-        draw(options_.seed, Stream::kCrop, sample, epoch, kCropTries)[0] >> 63);
-  }
-  for (std::uint64_t attempt = 0; attempt < kCropTries; ++attempt) {
-    const PhiloxBlock words = draw(options_.seed, Stream::kCrop, sample, epoch, attempt);
-    const double share =
-        options_.scale_low + to_unit(words[0]) * (options_.scale_high - options_.scale_low);
-    const double ratio = std::exp(log_low + to_unit(words[1]) * (log_high - log_low));
-    const double w = std::round(std::sqrt(width * height * share * ratio));
-    const double h = std::round(std::sqrt(width * height * share / ratio));
-    if (w >= 1 && w <= width && h >= 1 && h <= height) {
-      put(w, h, words[2], words[3]);
-      return;
-    }
-  }
-  double w = width;
-  double h = height;
-  if (width / height < options_.ratio_low) h = std::round(w / options_.ratio_low);
-  if (width / height > options_.ratio_high) w = std::round(h * options_.ratio_high);
-  w = std::clamp(w, 1.0, width);
-  h = std::clamp(h, 1.0, height);
-  window[0] = static_cast<std::int32_t>((width - w) / 2);
-  window[1] = static_cast<std::int32_t>((height - h) / 2);
-  window[2] = static_cast<std::int32_t>(w);
-  window[3] = static_cast<std::int32_t>(h);
-}
-
-// Start of text, the caption cut to fit, end of text; the rest of the row is padding already.
+// Start of text, the caption cut to fit, end of text, padding.
 void BatchReader::write_caption(const Shard& shard, std::uint32_t index, std::uint32_t variant,
                                 std::int32_t* out) const {
   const std::uint32_t flags = shard.caption_entry(index, variant);
   if ((flags & (kCaptionMissing | kCaptionShort)) != 0) variant = 0;
   const std::size_t begin = options_.sot_token < 0 ? 0 : 1;
   if (begin == 1) out[0] = options_.sot_token;
-  const std::size_t taken =
-      shard.caption(index, variant, {out + begin, options_.context_length - begin - 1});
-  out[begin + taken] = options_.eot_token;
+  const std::size_t end =
+      begin + shard.caption(index, variant, {out + begin, options_.context_length - begin - 1});
+  out[end] = options_.eot_token;
+  std::fill(out + end + 1, out + options_.context_length, options_.pad_token);
 }
 
 void BatchReader::read_part(Slot& slot, std::size_t part) {
   Batch& batch = *slot.batch;
   const std::size_t end = std::min(batch.size, (part + 1) * kPartSamples);
   for (std::size_t i = part * kPartSamples; i < end; ++i) {
-    const Shard& shard = *slot.opened.at(slot.place[i].shard);
     const auto image =
-        std::span(batch.bytes).subspan(batch.begin[i], batch.begin[i + 1] - batch.begin[i]);
-    shard.read_image(slot.place[i].index, image);
-    const SampleRecord& record = shard.record(slot.place[i].index);
+        batch.buffer.bytes().subspan(batch.begin[i], batch.begin[i + 1] - batch.begin[i]);
+    slot.shard[i]->read_image(slot.place[i].index, image);
+    const SampleRecord& record = slot.shard[i]->record(slot.place[i].index);
     const ImageHeader header = parse_image_header(image);
-    batch.broken[i] = header.reason != kNotBad || header.format != record.format ||
-                      header.width != record.width || header.height != record.height;
+    if (header.reason != kNotBad || header.format != record.format ||
+        header.width != record.width || header.height != record.height ||
+        (options_.exif_rotation && header.orientation != record.orientation)) {
+      batch.broken[i] = kHeaderChanged;
+    } else if (!ends_properly(header, image)) {
+      batch.broken[i] = kCutShort;
+    }
   }
 }
 

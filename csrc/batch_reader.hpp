@@ -4,6 +4,7 @@
 // draw is a counter-based random number keyed by (seed, epoch, sample).
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -13,35 +14,54 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "draws.hpp"
 #include "epoch_order.hpp"
 #include "shard.hpp"
 
 namespace laclip {
 
-enum class CaptionPolicy { kUniform, kWeights, kOriginal, kMulti };
-
-struct ReaderOptions {
-  std::uint64_t seed = 0;
+struct ReaderOptions : DrawOptions {
   std::uint64_t global_batch_size = 1;
   std::uint32_t rank = 0;
   std::uint32_t world_size = 1;  // divides global_batch_size
   std::size_t window_shards = 16;
   unsigned threads = 2;
   std::size_t prefetch = 2;
-  CaptionPolicy policy = CaptionPolicy::kUniform;
-  std::vector<double> weights;  // one a variant, for kWeights
   std::uint32_t context_length = 77;
   std::int32_t sot_token = 0;  // -1: captions begin without one
   std::int32_t eot_token = 0;
   std::int32_t pad_token = 0;
-  double scale_low = 0.5, scale_high = 1.0;  // share of the image's area
-  double ratio_low = 0.75, ratio_high = 4.0 / 3.0;
-  bool flip = false;
   std::uint64_t max_pixels = 100'000'000;
+  bool exif_rotation = false;  // windows lie in the image turned as its EXIF data says
+};
+
+// Memory that grows and is not cleared.
+class ByteBuffer {
+ public:
+  void resize(std::size_t size) {
+    if (size > capacity_) {
+      capacity_ = size + size / 8;  // batches differ by a few percent
+      bytes_ = std::make_unique_for_overwrite<std::byte[]>(capacity_);
+    }
+    size_ = size;
+  }
+  std::span<std::byte> bytes() const { return {bytes_.get(), size_}; }
+
+ private:
+  std::unique_ptr<std::byte[]> bytes_;
+  std::size_t size_ = 0;
+  std::size_t capacity_ = 0;
+};
+
+enum BrokenReason : std::uint8_t {
+  kSound = 0,
+  kHeaderChanged = 1,  // not the header that was indexed: the window may lie outside the image
+  kCutShort = 2,       // the file's format has an end mark, and the file has none
 };
 
 // This rank's part of a global batch: `size` samples.
@@ -52,14 +72,26 @@ struct Batch {
   std::vector<std::uint64_t> sample;  // [size] place in the list of all samples
   std::vector<std::uint64_t> epoch;   // [size]
   std::vector<std::uint8_t> variant;  // [size] the drawn caption; 0 for kMulti
-  std::vector<std::uint64_t> begin;   // [size + 1] encoded image i: bytes[begin[i], begin[i + 1])
-  std::vector<std::byte> bytes;
+  std::vector<std::uint64_t> begin;   // [size + 1] encoded image i: bytes [begin[i], begin[i + 1])
+  ByteBuffer buffer;
   std::vector<std::int32_t> window;     // [size, 4] x, y, width, height in pixels
   std::vector<std::uint8_t> mirror;     // [size] 1: flip left to right
   std::vector<std::int32_t> token_ids;  // [variants, size, context_length]
   std::uint64_t substitutes = 0;        // samples that stand in for bad ones
-  // [size] 1: the image's header is not what the index says, so its window may lie outside of it.
-  std::vector<std::uint8_t> broken;
+  std::vector<std::uint8_t> broken;     // [size] BrokenReason
+};
+
+// Gives out batches, and again those whose last owner is gone: their memory stays mapped.
+class BatchPool {
+ public:
+  std::shared_ptr<Batch> take();
+
+ private:
+  struct Free {
+    std::mutex mutex;
+    std::vector<std::unique_ptr<Batch>> batches;
+  };
+  std::shared_ptr<Free> free_ = std::make_shared<Free>();  // outlives the pool with its batches
 };
 
 class BatchReader {
@@ -77,6 +109,8 @@ class BatchReader {
   std::shared_ptr<Batch> next();
   // Reads one batch at once, past the queue.
   std::shared_ptr<Batch> read(std::uint64_t index);
+  // A batch without its images: only sidecars are read.
+  std::shared_ptr<Batch> plan(std::uint64_t index);
   // From now on these samples yield substitutes.
   void mark_bad(const std::vector<std::uint64_t>& samples);
   // Path of the tar and key of a sample.
@@ -84,19 +118,16 @@ class BatchReader {
 
  private:
   struct Slot;
-  using OpenShards = std::map<std::uint32_t, std::shared_ptr<const Shard>>;
 
+  std::shared_ptr<Slot> new_slot(std::uint64_t index);
   SamplePlace place_of(std::uint64_t sample) const;
   std::shared_ptr<const EpochOrder> order_of(std::uint64_t epoch);
-  const Shard& open(OpenShards& opened, std::uint32_t shard);
   void plan(Slot& slot);
+  void place_samples(std::uint64_t first, std::span<SamplePlace> out);
+  void draw_sample(Slot& slot, std::size_t i, const std::set<std::uint64_t>& bad);
+  void open_next_window(std::uint64_t first);
   bool is_bad(const Shard& shard, SamplePlace place, const std::set<std::uint64_t>& bad) const;
-  SamplePlace substitute(const Shard& shard, std::uint64_t batch, std::uint64_t position,
-                         SamplePlace place, const std::set<std::uint64_t>& bad);
-  std::uint32_t draw_variant(const Shard& shard, std::uint32_t index, std::uint64_t sample,
-                             std::uint64_t epoch) const;
-  void draw_window(const SampleRecord& record, std::uint64_t sample, std::uint64_t epoch,
-                   std::int32_t* window, std::uint8_t* mirror) const;
+  SamplePlace substitute(Slot& slot, std::size_t position, const std::set<std::uint64_t>& bad);
   void write_caption(const Shard& shard, std::uint32_t index, std::uint32_t variant,
                      std::int32_t* out) const;
   void read_part(Slot& slot, std::size_t part);
@@ -106,6 +137,8 @@ class BatchReader {
   std::vector<std::uint64_t> counts_;
   std::vector<std::uint64_t> first_sample_;  // of each shard, and the end
   ShardCache cache_;
+  BatchPool pool_;
+  std::atomic<std::uint64_t> opened_window_ = 0;  // epoch and window that were opened ahead
 
   std::mutex order_mutex_;
   std::map<std::uint64_t, std::shared_ptr<const EpochOrder>> orders_;

@@ -80,7 +80,8 @@ void bind_reader(nb::module_& module) {
       .def_rw("ratio_low", &ReaderOptions::ratio_low)
       .def_rw("ratio_high", &ReaderOptions::ratio_high)
       .def_rw("flip", &ReaderOptions::flip)
-      .def_rw("max_pixels", &ReaderOptions::max_pixels);
+      .def_rw("max_pixels", &ReaderOptions::max_pixels)
+      .def_rw("exif_rotation", &ReaderOptions::exif_rotation);
 
   nb::class_<Batch>(module, "Batch",
                     "One rank's part of a global batch; see csrc/batch_reader.hpp.")
@@ -132,8 +133,8 @@ void bind_reader(nb::module_& module) {
                    })
       .def_prop_ro("bytes", [](nb::handle self) {
         auto& batch = nb::cast<Batch&>(self);
-        return view(self, reinterpret_cast<std::uint8_t*>(batch.bytes.data()),
-                    {batch.bytes.size()});
+        const auto bytes = batch.buffer.bytes();
+        return view(self, reinterpret_cast<std::uint8_t*>(bytes.data()), {bytes.size()});
       });
 
   using Release = nb::call_guard<nb::gil_scoped_release>;
@@ -143,6 +144,7 @@ void bind_reader(nb::module_& module) {
       .def("seek", &BatchReader::seek, "index"_a, Release())
       .def("next", &BatchReader::next, Release())
       .def("read", &BatchReader::read, "index"_a, Release())
+      .def("plan", nb::overload_cast<std::uint64_t>(&BatchReader::plan), "index"_a, Release())
       .def("mark_bad", &BatchReader::mark_bad, "samples"_a)
       .def("name", &BatchReader::name, "sample"_a);
 }

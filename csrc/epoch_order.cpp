@@ -72,19 +72,44 @@ EpochOrder::EpochOrder(std::span<const std::uint64_t> counts, std::uint64_t seed
 }
 
 SamplePlace EpochOrder::at(std::uint64_t position) const {
-  const auto shard_of = [](auto begin, auto end, std::uint64_t at) {
-    return std::upper_bound(begin, end, at) - 1;
-  };
+  SamplePlace place{};
+  places(position, {&place, 1});
+  return place;
+}
+
+void EpochOrder::places(std::uint64_t position, std::span<SamplePlace> out) const {
+  std::size_t done = 0;
+  while (done < out.size()) {
+    const std::size_t window = window_of(position + done);
+    const std::size_t first = window * window_shards_;
+    const std::size_t last = first + shards_of(window).size();
+    const std::uint64_t left = shard_begin_[last] - (position + done);
+    const std::size_t end = done + static_cast<std::size_t>(std::min(left, out.size() - done));
+    for (; done < end; ++done) {
+      const std::uint64_t shuffled =
+          shard_begin_[first] + window_[window](position + done - shard_begin_[first]);
+      const std::size_t found = shard_at(first, last, shuffled);
+      out[done] = {shard_[found], static_cast<std::uint32_t>(shuffled - shard_begin_[found])};
+    }
+  }
+}
+
+std::size_t EpochOrder::window_of(std::uint64_t position) const {
+  return shard_at(0, shard_.size(), position) / window_shards_;
+}
+
+std::span<const std::uint32_t> EpochOrder::shards_of(std::size_t window) const {
+  const std::size_t first = window * window_shards_;
+  return std::span(shard_).subspan(first, std::min(window_shards_, shard_.size() - first));
+}
+
+// Which of the shards [first, last) of this epoch holds a position.
+std::size_t EpochOrder::shard_at(std::size_t first, std::size_t last,
+                                 std::uint64_t position) const {
   const auto begin = shard_begin_.begin();
-  const auto own = shard_of(begin, shard_begin_.end(), position);
-  const std::size_t window = static_cast<std::size_t>(own - begin) / window_shards_;
-  const auto first = begin + static_cast<std::ptrdiff_t>(window * window_shards_);
-  const auto last =
-      begin + static_cast<std::ptrdiff_t>(std::min(shard_.size(), (window + 1) * window_shards_));
-  const std::uint64_t shuffled = *first + window_[window](position - *first);
-  const auto found = shard_of(first, last + 1, shuffled);
-  return {shard_[static_cast<std::size_t>(found - begin)],
-          static_cast<std::uint32_t>(shuffled - *found)};
+  const auto after = std::upper_bound(begin + static_cast<std::ptrdiff_t>(first),
+                                      begin + static_cast<std::ptrdiff_t>(last + 1), position);
+  return static_cast<std::size_t>(after - begin) - 1;
 }
 
 }  // namespace laclip

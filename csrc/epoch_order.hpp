@@ -48,8 +48,16 @@ class EpochOrder {
   std::uint64_t size() const { return shard_begin_.back(); }
   // Where the sample at `position` of this epoch lies; position < size().
   SamplePlace at(std::uint64_t position) const;
+  // Where the samples from `position` on lie; position + out.size() <= size().
+  void places(std::uint64_t position, std::span<SamplePlace> out) const;
+
+  std::size_t windows() const { return window_.size(); }
+  std::size_t window_of(std::uint64_t position) const;
+  std::span<const std::uint32_t> shards_of(std::size_t window) const;
 
  private:
+  std::size_t shard_at(std::size_t first, std::size_t last, std::uint64_t position) const;
+
   std::size_t window_shards_;
   std::vector<std::uint32_t> shard_;        // shards in this epoch's order
   std::vector<std::uint64_t> shard_begin_;  // first position of each, and the end

@@ -130,6 +130,7 @@ ImageHeader parse_jpeg(Cursor cursor) {
     if (precision > 8) header.flags |= kSixteenBit;
     if (components == 1) header.flags |= kGrayscale;
     if (components == 4) header.flags |= kCmyk;
+    header.frame_end = cursor.at();
     header.reason = kNotBad;
     return header;
   }
@@ -165,6 +166,22 @@ ImageHeader parse_png(Cursor cursor) {
   return header;
 }
 
+// Of the EXIF chunk, which stands behind the picture; 1 where `chunks` does not hold it.
+std::uint8_t webp_orientation(Cursor chunks) {
+  while (!chunks.failed()) {
+    const bool exif = chunks.take("EXIF");
+    if (!exif) chunks.skip(4);
+    const std::uint32_t length = chunks.take(4);
+    if (exif) {
+      Cursor content(chunks.rest(length));
+      content.take(std::string_view("Exif\0\0", 6));  // some writers keep JPEG's prefix
+      return tiff_orientation(content.rest(content.left()));
+    }
+    chunks.skip(std::size_t{length} + (length & 1));
+  }
+  return 1;
+}
+
 ImageHeader parse_webp(Cursor cursor) {
   ImageHeader header{.format = kWebp, .reason = kBrokenHeader};
   if (cursor.take("VP8 ")) {
@@ -189,6 +206,7 @@ ImageHeader parse_webp(Cursor cursor) {
     if (length != 10) return header;
     if (features & 0x10) header.flags |= kAlpha;
     if (features & 0x02) header.reason = kUnsupportedImage;  // animated
+    if (features & 0x08) header.orientation = webp_orientation(cursor);
   } else {
     return header;
   }
@@ -217,6 +235,22 @@ ImageHeader parse_image_header(std::span<const std::byte> bytes) {
     if (std::uint64_t{header.width} * header.height > kMaxPixels) header.reason = kTooLarge;
   }
   return header;
+}
+
+bool ends_properly(const ImageHeader& header, std::span<const std::byte> bytes) {
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  if (header.format == kJpeg) {
+    // From the end: most files end here, some carry other data behind.
+    const std::size_t mark = text.rfind("\xFF\xD9");
+    return mark != text.npos && mark >= header.frame_end;
+  }
+  if (header.format == kPng) return text.rfind("IEND") != text.npos;
+  if (header.format == kWebp) {
+    Cursor riff(bytes, false);
+    riff.skip(4);
+    return std::uint64_t{riff.take(4)} + 8 <= bytes.size();
+  }
+  return false;
 }
 
 }  // namespace laclip

@@ -35,9 +35,14 @@ struct ImageHeader {
   ImageFormat format = kUnknownFormat;
   std::uint8_t orientation = 1;
   BadReason reason = kNotBad;
+  std::size_t frame_end = 0;  // JPEG: where its frame header ends; a thumbnail lies before
 };
 
 // `bytes` may be a prefix of the file, as long as it holds the whole header.
 ImageHeader parse_image_header(std::span<const std::byte> bytes);
+
+// Whether a file whose header is `header` goes on to its format's end mark (JPEG: EOI, PNG: IEND,
+// WebP: the announced size). Where it does not, some decoders fail and others make up the rest.
+bool ends_properly(const ImageHeader& header, std::span<const std::byte> bytes);
 
 }  // namespace laclip

@@ -78,6 +78,7 @@ MappedFile::MappedFile(const std::string& path) {
   ::close(fd);
   if (at == MAP_FAILED) fail(path, "cannot be mapped: " + system_error(code));
   bytes_ = {static_cast<const std::byte*>(at), size};
+  if (size > 0) ::madvise(at, size, MADV_WILLNEED);
 }
 
 MappedFile::~MappedFile() {
@@ -165,8 +166,8 @@ std::string_view Shard::key(std::uint32_t index) const {
   return {keys_ + begin, end - begin};
 }
 
-std::size_t Shard::caption(std::uint32_t index, std::uint32_t variant,
-                           std::span<std::int32_t> out) const {
+std::pair<std::uint32_t, std::uint32_t> Shard::tokens_of(std::uint32_t index,
+                                                         std::uint32_t variant) const {
   const std::size_t entry = static_cast<std::size_t>(index) * variants_ + variant;
   const std::uint32_t begin = caption_position(entries_[entry]);
   const std::uint32_t end = caption_position(entries_[entry + 1]);
@@ -174,7 +175,13 @@ std::size_t Shard::caption(std::uint32_t index, std::uint32_t variant,
     fail(captions_path_, "is damaged at sample " + std::string(key(index)) +
                              ": its entry points outside the tokens. Run: laclip verify");
   }
-  const std::size_t take = std::min<std::size_t>(end - begin, out.size());
+  return {begin, end - begin};
+}
+
+std::size_t Shard::caption(std::uint32_t index, std::uint32_t variant,
+                           std::span<std::int32_t> out) const {
+  const auto [begin, count] = tokens_of(index, variant);
+  const std::size_t take = std::min<std::size_t>(count, out.size());
   if (token_bytes_ == 2) {
     const auto* tokens = reinterpret_cast<const std::uint16_t*>(tokens_) + begin;
     std::copy_n(tokens, take, out.begin());
@@ -183,6 +190,25 @@ std::size_t Shard::caption(std::uint32_t index, std::uint32_t variant,
     std::copy_n(tokens, take, out.begin());
   }
   return take;
+}
+
+void Shard::expect_sample(std::uint32_t index) const {
+  __builtin_prefetch(records_ + index);
+  const std::uint32_t* first = entries_ + static_cast<std::size_t>(index) * variants_;
+  __builtin_prefetch(first);
+  __builtin_prefetch(first + variants_);
+}
+
+void Shard::expect_caption(std::uint32_t index, std::uint32_t variant) const {
+  const std::byte* first =
+      tokens_ + std::size_t{caption_position(caption_entry(index, variant))} * token_bytes_;
+  __builtin_prefetch(first);
+  __builtin_prefetch(first + 64);  // 32 tokens more
+}
+
+void Shard::expect_image(std::uint32_t index) const {
+  const SampleRecord& sample = record(index);
+  ::posix_fadvise(tar_fd_, static_cast<off_t>(sample.offset), sample.bytes, POSIX_FADV_WILLNEED);
 }
 
 void Shard::read_image(std::uint32_t index, std::span<std::byte> out) const {

@@ -1,6 +1,7 @@
 // A shard as training reads it: the tar open for pread, its two sidecars mapped.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <list>
@@ -32,6 +33,7 @@ struct ShardFiles {
 // A whole file, mapped read-only.
 class MappedFile {
  public:
+  // Mapped, and asked of the disk: what is read next is in memory soon.
   explicit MappedFile(const std::string& path);
   ~MappedFile();
   MappedFile(const MappedFile&) = delete;
@@ -60,10 +62,24 @@ class Shard {
   // Copies the first tokens of a caption, at most out.size(); returns how many.
   std::size_t caption(std::uint32_t index, std::uint32_t variant,
                       std::span<std::int32_t> out) const;
+  // How many tokens caption() would copy into `most` places.
+  std::size_t caption_tokens(std::uint32_t index, std::uint32_t variant, std::size_t most) const {
+    return std::min<std::size_t>(tokens_of(index, variant).second, most);
+  }
   // Reads the encoded image; out.size() == record(index).bytes. Read errors are retried.
   void read_image(std::uint32_t index, std::span<std::byte> out) const;
 
+  // Asks for what is about to be read, in this order: memory and disks answer many such requests at
+  // once, but a reader that waits for each only one at a time.
+  void expect_sample(std::uint32_t index) const;
+  void expect_caption(std::uint32_t index, std::uint32_t variant) const;
+  void expect_image(std::uint32_t index) const;
+
  private:
+  // First token and number of tokens of a caption, checked.
+  std::pair<std::uint32_t, std::uint32_t> tokens_of(std::uint32_t index,
+                                                    std::uint32_t variant) const;
+
   std::string tar_;
   std::string captions_path_;
   std::unique_ptr<MappedFile> samples_;

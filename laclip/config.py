@@ -34,6 +34,7 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # width over height
     flip: bool = False
     interpolation: str = "cubic"  # cubic | linear; both antialiased
+    exif_rotation: bool = False  # turn images as their EXIF data says (PIL and open_clip do not)
     normalize: str = "openai"  # openai | imagenet: mean and standard deviation
     window_shards: int = 16  # samples are shuffled inside windows of this many shards
     reader_threads: int = 2
@@ -49,7 +50,7 @@ class TrainConfig:
     """How long, how much at a time, and in which arithmetic."""
 
     global_batch_size: int = 512
-    micro_batch_size: int = 0  # a rank's share of a forward pass; 0: all of it at once
+    micro_batch_size: int = 0  # at most so many a rank in one pass; 0: all of its share at once
     epochs: float = 0.0  # give epochs or steps
     steps: int = 0
     loss: str = "clip"  # clip | siglip
@@ -151,7 +152,7 @@ class ModelConfig:
     embed_dim: int = 512
     attention: str = "sdpa"  # sdpa | flash_attn | xformers
     init_logit_scale: float = 2.6592600369327783  # ln(1 / 0.07)
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = "none"  # none | activations | blocks: computed twice, not kept
     lock_image: bool = False  # LiT: the image tower's parameters stay as they are
     lock_text: bool = False
     weights: str = ""  # start from this checkpoint file
@@ -203,6 +204,7 @@ _CHOICES = {
     "data.interpolation": ("cubic", "linear"),
     "data.normalize": ("openai", "imagenet"),
     "model.attention": ("sdpa", "flash_attn", "xformers"),
+    "model.activation_checkpointing": ("none", "activations", "blocks"),
     "model.vision.activation": ("gelu", "quick_gelu"),
     "model.text.activation": ("gelu", "quick_gelu"),
     "model.text.pool": ("eot", "last"),

@@ -1,6 +1,9 @@
 """Decoding and augmentation with DALI, on the GPU where there is one. The only module with DALI."""
 
+import dataclasses
 import re
+from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -8,6 +11,7 @@ import nvidia.dali.types as types
 import torch
 from nvidia.dali import math as dali_math
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 # Mean and standard deviation of the channels, in [0, 1]: of OpenAI's CLIP, and of ImageNet.
 NORMALIZATION = {
@@ -28,16 +32,35 @@ class DecodeError(RuntimeError):
         self.reasons = reasons
 
 
+# Images that DALI decodes at once. A batch goes through it in such parts, so that a failure costs a
+# part, and a part's pixels are copied while the next is decoded.
+_PART_CPU, _PART_CPU_PER_THREAD, _PART_GPU = 64, 8, 128
+
+
+@dataclasses.dataclass
+class _Batch:
+    """A batch in flight: images [0, started) were given to DALI, [0, done) came back."""
+
+    encoded: list[np.ndarray]
+    drawn: np.ndarray | None  # int32 [batch, 5], window and mirror
+    images: torch.Tensor | None = None
+    started: int = 0
+    done: int = 0
+    reasons: dict[int, str] = dataclasses.field(default_factory=dict)
+
+
 class ImagePipeline:
-    """Encoded images in, `[batch, 3, size, size]` fp32 out, several batches in flight.
+    """Encoded images in, `[batch, 3, size, size]` out, several batches in flight.
 
     feed() hands over a batch and returns at once; take() waits for the oldest one. Training crops
     the given windows (decoding no more of the image than needed); evaluation resizes the shorter
-    side and cuts the centre. After a DecodeError everything in flight is lost: feed it again.
+    side and cuts the centre. take() raises DecodeError with every image of the batch that failed;
+    replace() then gives others for them; where feed() is called instead, the batch is left out.
 
     image_size: pixels a side. interpolation: cubic or linear, antialiased. normalize: a key of
     NORMALIZATION. device: where images are decoded, and where take() leaves them. depth: batches
-    in flight.
+    in flight. dtype: of the result; half precision is rounded from fp32. exif_rotation: turn images
+    as their EXIF data says; windows then lie in the turned image.
     """
 
     def __init__(
@@ -52,48 +75,58 @@ class ImagePipeline:
         threads: int = 2,
         depth: int = 2,
         hardware_decoder_share: float = 0.75,
+        dtype: torch.dtype = torch.float32,
+        exif_rotation: bool = False,
     ):
-        self.batch_size = batch_size
         self.image_size = image_size
         self.interpolation = _INTERPOLATION[interpolation]
         self.normalize = normalize
         self.train = train
         self.device = device
         self.threads = threads
-        self.depth = depth
         self.hardware_decoder_share = hardware_decoder_share
-        self._in_flight: list[tuple] = []
-        self._pipeline = self._build(batch_size)
+        self.dtype = dtype
+        self.exif_rotation = exif_rotation
+        gpu = device.type == "cuda"
+        part = _PART_GPU if gpu else max(_PART_CPU, _PART_CPU_PER_THREAD * threads)
+        self.part = min(batch_size, part)
+        self.queue = depth * -(-batch_size // self.part)
+        self._in_flight: deque[_Batch] = deque()
+        self._pipeline = self._build()
+        self._apart: Pipeline | None = None  # for images that are decoded out of turn
 
-    def _build(self, batch_size: int) -> Pipeline:
+    def _build(self) -> Pipeline:
         gpu = self.device.type == "cuda"
         pipeline = Pipeline(
-            batch_size=batch_size,
+            batch_size=self.part,
             num_threads=self.threads,
             device_id=self.device.index or 0 if gpu else None,
-            prefetch_queue_depth=self.depth,
+            prefetch_queue_depth=self.queue,
             exec_dynamic=True,
         )
         decoder = {
             "device": "mixed" if gpu else "cpu",
             "output_type": types.RGB,
-            "adjust_orientation": False,
+            "adjust_orientation": self.exif_rotation,
         }
         if gpu:
             decoder["hw_decoder_load"] = self.hardware_decoder_share
         mean, std = NORMALIZATION[self.normalize]
+
+        def source(name, dtype, ndim, **more):
+            return fn.external_source(name=name, device="cpu", dtype=dtype, ndim=ndim, **more)
+
         with pipeline:
-            encoded = fn.external_source(name="encoded", device="cpu", dtype=types.UINT8, ndim=1)
+            # DALI reads the caller's memory: it stays referenced until the batch is taken.
+            encoded = source("encoded", types.UINT8, 1, no_copy=True)
             # An image whose header does not parse makes the decoder give up while its threads still
             # work on the batch, and the process crashes (DALI 2.4). So a parser that fails cleanly
             # comes first, and the decoder's window depends on its result.
-            parsed = fn.peek_image_shape(encoded, adjust_orientation=False)
+            parsed = fn.peek_image_shape(encoded, adjust_orientation=self.exif_rotation)
             zero = fn.cast(parsed[0] * 0, dtype=types.INT32)
             if self.train:
-                anchor = fn.external_source(name="anchor", device="cpu", dtype=types.INT32, ndim=1)
-                shape = fn.external_source(name="shape", device="cpu", dtype=types.INT32, ndim=1)
-                mirror = fn.external_source(name="mirror", device="cpu", dtype=types.INT32, ndim=0)
-                anchor = anchor + zero
+                drawn = source("drawn", types.INT32, 1)
+                anchor, shape, mirror = drawn[0:2] + zero, drawn[2:4], drawn[4]
                 size = [self.image_size, self.image_size]
             else:
                 # torchvision's Resize and CenterCrop: the longer side is cut to a whole number of
@@ -137,50 +170,122 @@ class ImagePipeline:
         windows: int32 `[batch, 4]`, x, y, width, height in pixels, and mirrors: `[batch]`, 1 to
         flip; both for training alone. The images stay referenced until take() gives them.
         """
-        self._run(self._pipeline, encoded, windows, mirrors)
-        self._in_flight.append((encoded, windows, mirrors))
+        if self._in_flight and self._in_flight[0].reasons:
+            self._in_flight.popleft()
+        self._in_flight.append(_Batch(list(encoded), _drawn(windows, mirrors)))
+        self._start_all()
 
-    def _run(self, pipeline: Pipeline, encoded, windows, mirrors) -> None:
-        pipeline.feed_input("encoded", encoded)
-        if self.train:
-            pipeline.feed_input("anchor", np.ascontiguousarray(windows[:, :2]))
-            pipeline.feed_input("shape", np.ascontiguousarray(windows[:, 2:]))
-            pipeline.feed_input("mirror", mirrors.astype(np.int32))
+    def _start_all(self) -> None:
+        for batch in self._in_flight:
+            while batch.started < len(batch.encoded):
+                end = min(batch.started + self.part, len(batch.encoded))
+                self._run(self._pipeline, batch, range(batch.started, end))
+                batch.started = end
+
+    def _run(self, pipeline: Pipeline, batch: _Batch, positions: Sequence[int]) -> None:
+        # As DALI's own tensors: handing over arrays takes it several times as long.
+        tensors = [TensorCPU(batch.encoded[i], "") for i in positions]
+        views = TensorListCPU(tensors, "", contiguous=False)  # type: ignore[call-overload]
+        pipeline.feed_input("encoded", views)
+        if batch.drawn is not None:
+            pipeline.feed_input("drawn", batch.drawn[list(positions)])
         pipeline._run_once()
 
     def take(self) -> torch.Tensor:
-        """The oldest batch in flight, `[batch, 3, size, size]` fp32. Raises DecodeError."""
-        batch = self._in_flight.pop(0)
-        try:
-            (output,) = self._pipeline.share_outputs()
-        except RuntimeError as error:
-            self._in_flight.clear()
-            self._pipeline = self._build(self.batch_size)
-            raise self._decode_error(batch, error) from None
-        images = torch.empty(len(batch[0]), 3, self.image_size, self.image_size, device=self.device)
-        if self.device.type == "cuda":
-            images.copy_(torch.from_dlpack(output.as_tensor()))
-        else:
-            images.numpy()[...] = output.as_array()
-        self._pipeline.release_outputs()
+        """The oldest batch in flight, `[batch, 3, size, size]` of dtype. Raises DecodeError."""
+        batch = self._in_flight[0]
+        if batch.images is None:
+            shape = len(batch.encoded), 3, self.image_size, self.image_size
+            batch.images = torch.empty(shape, dtype=self.dtype, device=self.device)
+        while batch.done < len(batch.encoded):
+            positions = range(batch.done, min(batch.done + self.part, len(batch.encoded)))
+            begin, batch.done = batch.done, positions.stop
+            try:
+                self._fetch(self._pipeline, batch.images[begin : batch.done])
+            except RuntimeError as error:
+                self._recover(batch, positions, error)
+        if batch.reasons:
+            raise DecodeError(batch.reasons)
+        return self._in_flight.popleft().images  # type: ignore[return-value]
+
+    def replace(
+        self,
+        encoded: dict[int, np.ndarray],
+        windows: np.ndarray | None = None,
+        mirrors: np.ndarray | None = None,
+    ) -> None:
+        """Other images, by position, for the batch whose take() failed; then take() it again.
+
+        windows and mirrors: of the whole batch, as for feed().
+        """
+        batch = self._in_flight[0]
+        batch.reasons, batch.drawn = {}, _drawn(windows, mirrors)
+        for position, image in encoded.items():
+            batch.encoded[position] = image
+        self._decode_apart(batch, sorted(encoded))
+
+    def _fetch(self, pipeline: Pipeline, images: torch.Tensor) -> None:
+        """Copies what DALI finished first; on a GPU in its stream, without waiting."""
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        (output,) = pipeline.outputs(cuda_stream=stream)
+        images.copy_(torch.from_dlpack(output.as_tensor()))
+
+    def _recover(self, batch: _Batch, positions: Sequence[int], error: RuntimeError) -> None:
+        """Decode apart the lost part of the oldest batch; all that follows, in a new pipeline."""
+        self._pipeline = self._build()  # the old one ends before its images are let go
+        for lost in self._in_flight:
+            lost.started = lost.done
+        self._start_all()
+        failed = _named(error, positions)
+        batch.reasons |= failed
+        self._decode_apart(batch, [i for i in positions if i not in failed])
+
+    def _decode_apart(self, batch: _Batch, positions: list[int]) -> None:
+        """Decode some images of a batch, whichever fail."""
+        assert batch.images is not None
+        while positions:
+            part = positions[: self.part]
+            try:
+                batch.images[part] = self._run_apart(batch, part)
+                positions = positions[len(part) :]
+            except RuntimeError as error:
+                failed = _named(error, part) or self._try_each(batch, part)
+                if not failed:  # no single image repeats it: not the data's
+                    raise
+                batch.reasons |= failed
+                positions = [i for i in positions if i not in failed]
+
+    def _run_apart(self, batch: _Batch, positions: list[int]) -> torch.Tensor:
+        pipeline, self._apart = self._apart or self._build(), None
+        self._run(pipeline, batch, positions)
+        shape = len(positions), 3, self.image_size, self.image_size
+        images = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._fetch(pipeline, images)
+        self._apart = pipeline  # after an error it is not to be used again
         return images
 
-    def _decode_error(self, batch: tuple, error: RuntimeError) -> Exception:
-        """Which images failed: DALI names them for some damage only, so each is tried alone."""
-        encoded, windows, mirrors = batch
+    def _try_each(self, batch: _Batch, positions: list[int]) -> dict[int, str]:
         failed = {}
-        probe = self._build(1)
-        for i, image in enumerate(encoded):
-            own = (windows[i : i + 1], mirrors[i : i + 1]) if self.train else (None, None)
+        for position in positions:
             try:
-                self._run(probe, [image], *own)
-                probe.share_outputs()
-                probe.release_outputs()
-            except RuntimeError as failure:
-                failed[i] = _reason(str(failure))
-                probe = self._build(1)
-        # A failure that no single image repeats is not the data's: it is passed on.
-        return DecodeError(failed) if failed else error
+                self._run_apart(batch, [position])
+            except RuntimeError as error:
+                failed[position] = _reason(str(error))
+        return failed
+
+
+def _drawn(windows: np.ndarray | None, mirrors: np.ndarray | None) -> np.ndarray | None:
+    """Windows and mirrors as one int32 array [batch, 5]."""
+    if windows is None or mirrors is None:
+        return None
+    return np.column_stack([windows, mirrors]).astype(np.int32)
+
+
+def _named(error: RuntimeError, positions: Sequence[int]) -> dict[int, str]:
+    """The images that an error of DALI names, and why; it does so for some damage only."""
+    numbers = {int(number) for number in re.findall(r"decode sample #(\d+)", str(error))}
+    reason = re.sub(r" *#\d+ *:?", "", _reason(str(error)))
+    return {positions[number]: reason for number in numbers if number < len(positions)}
 
 
 def _half_to_even(length):

@@ -23,13 +23,16 @@ from laclip.dataset import Dataset
 from laclip.images import DecodeError, ImagePipeline
 from laclip.tokenizer import Tokenizer
 
+# csrc/batch_reader.hpp, BrokenReason
+BROKEN = ("", "its header is not what the index says", "the file is cut short")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBatch:
     """One rank's part of global batch `index`."""
 
     index: int
-    images: torch.Tensor  # [batch, 3, size, size] fp32 on the device
+    images: torch.Tensor  # [batch, 3, size, size] on the device, of the loader's dtype
     token_ids: torch.Tensor  # int32 [batch, context_length] or [variants, batch, ...], on the host
     samples: np.ndarray  # uint64 [batch], places in the list of all samples
     drawn_variants: np.ndarray  # uint8 [batch], the caption that was drawn
@@ -45,9 +48,9 @@ class Loader:
     """Iterates over batches from `start` on, without end.
 
     datasets: opened dataset folders, tokenized by `tokenizer`. global_batch_size: over all ranks;
-    a multiple of world_size. image_size: pixels a side. bad_samples: samples known to be bad, as
-    an earlier run's `bad_samples` gave them. bad_log: a JSONL file to which this rank appends
-    what it finds. Raises ValueError for settings that contradict the datasets.
+    a multiple of world_size. image_size: pixels a side. dtype: of the images. bad_samples: samples
+    known to be bad, as an earlier run's `bad_samples` gave them. bad_log: a JSONL file to which
+    this rank appends what it finds. Raises ValueError for settings that contradict the datasets.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
+        dtype: torch.dtype = torch.float32,
         bad_samples: Iterable[int] = (),
         bad_log: Path | None = None,
     ):
@@ -75,22 +79,10 @@ class Loader:
             )
         for dataset in datasets:
             dataset.check_tokenizer(tokenizer.fingerprint)
-        options = _native.ReaderOptions()
+        options = reader_options(data, tokenizer, context_length)
         options.seed = seed
         options.global_batch_size = global_batch_size
         options.rank, options.world_size = rank, world_size
-        options.window_shards = data.window_shards
-        options.threads = data.reader_threads
-        options.prefetch = data.prefetch
-        options.captions = data.captions
-        options.weights = list(data.weights)
-        options.context_length = context_length
-        options.sot_token = -1 if tokenizer.sot_token is None else tokenizer.sot_token
-        options.eot_token, options.pad_token = tokenizer.eot_token, tokenizer.pad_token
-        options.scale_low, options.scale_high = data.crop_scale
-        options.ratio_low, options.ratio_high = data.crop_ratio
-        options.flip = data.flip
-        options.max_pixels = data.max_pixels
         self.bad_samples: dict[int, str] = dict.fromkeys(bad_samples, "found by an earlier run")
         self._reader = _native.BatchReader(
             [files for dataset in datasets for files in shard_files(dataset)], options
@@ -107,6 +99,8 @@ class Loader:
             threads=data.decode_threads,
             depth=data.prefetch,
             hardware_decoder_share=data.hardware_decoder_share,
+            dtype=dtype,
+            exif_rotation=data.exif_rotation,
         )
         self._multi = data.captions == "multi"
         self._device = device
@@ -172,20 +166,27 @@ class Loader:
         )
 
     def _feed(self, batch: _native.Batch) -> None:
-        while batch.broken.any():
-            reason = "its header is not what the index says"
-            self._count_bad(batch, dict.fromkeys(np.flatnonzero(batch.broken).tolist(), reason))
-            batch = self._reader.read(batch.index)
+        batch = self._sound(batch)
         self._pipeline.feed(encoded_images(batch), batch.windows, batch.mirrors)
         self._in_flight.append(batch)
 
+    def _sound(self, batch: _native.Batch) -> _native.Batch:
+        """The batch, read again until the reader finds nothing broken in it."""
+        while batch.broken.any():
+            reasons = {int(i): BROKEN[batch.broken[i]] for i in np.flatnonzero(batch.broken)}
+            self._count_bad(batch, reasons)
+            batch = self._reader.read(batch.index)
+        return batch
+
     def _replace(self, error: DecodeError) -> None:
-        """Read the oldest batch again without the images that failed, and feed all again."""
-        failed, *others = self._in_flight
+        """Substitutes for the images of the oldest batch that did not decode."""
+        failed = self._in_flight.popleft()
         self._count_bad(failed, error.reasons)
-        self._in_flight.clear()
-        for batch in (self._reader.read(failed.index), *others):
-            self._feed(batch)
+        batch = self._sound(self._reader.read(failed.index))
+        encoded = encoded_images(batch)
+        changed = np.flatnonzero(batch.samples != failed.samples).tolist()
+        self._pipeline.replace({i: encoded[i] for i in changed}, batch.windows, batch.mirrors)
+        self._in_flight.appendleft(batch)
 
     def _count_bad(self, batch: _native.Batch, reasons: dict[int, str]) -> None:
         """Name bad images, by their position in a batch, and stop the run if they are too many."""
@@ -220,6 +221,27 @@ def encoded_images(batch: _native.Batch) -> list[np.ndarray]:
     """The encoded images of a batch as views of its one buffer."""
     buffer, begins = batch.bytes, batch.begins.tolist()
     return [buffer[a:b] for a, b in itertools.pairwise(begins)]
+
+
+def reader_options(
+    data: DataConfig, tokenizer: Tokenizer, context_length: int
+) -> _native.ReaderOptions:
+    """The C++ reader's options that a configuration and a tokenizer decide."""
+    options = _native.ReaderOptions()
+    options.window_shards = data.window_shards
+    options.threads = data.reader_threads
+    options.prefetch = data.prefetch
+    options.captions = data.captions
+    options.weights = list(data.weights)
+    options.context_length = context_length
+    options.sot_token = -1 if tokenizer.sot_token is None else tokenizer.sot_token
+    options.eot_token, options.pad_token = tokenizer.eot_token, tokenizer.pad_token
+    options.scale_low, options.scale_high = data.crop_scale
+    options.ratio_low, options.ratio_high = data.crop_ratio
+    options.flip = data.flip
+    options.max_pixels = data.max_pixels
+    options.exif_rotation = data.exif_rotation
+    return options
 
 
 def shard_files(dataset: Dataset) -> list[_native.ShardFiles]:

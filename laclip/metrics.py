@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -47,8 +48,15 @@ class MetricsWriter:
                     "log.wandb_project is set, but the package wandb is not installed. "
                     "Run: pip install 'laclip[wandb]'"
                 ) from None
+            identity = folder / "wandb_id"  # a run that goes on does so there, too
+            if not identity.exists():
+                identity.write_text(secrets.token_hex(4))
             self._wandb = wandb.init(
-                project=wandb_project, name=folder.name, dir=str(folder), resume="allow"
+                project=wandb_project,
+                name=folder.name,
+                dir=str(folder),
+                id=identity.read_text(),
+                resume="allow",
             )
 
     def write(self, record: dict[str, Any]) -> None:
@@ -124,12 +132,13 @@ class Progress:
             return
         self._last = now
         left = (self.total_steps - step) * self._seconds_a_step
+        share = f"MFU {100 * record['mfu_padded']:.1f} %  " if "mfu_padded" in record else ""
         line = (
             f"step {step}/{self.total_steps}  "
             f"epoch {step * self.batch_size / self.samples_per_epoch:.2f}  "
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
             f"{self.batch_size / self._seconds_a_step:,.0f} images/s  "
-            f"data wait {100 * record['data_wait']:.1f} %  left {duration(left)}"
+            f"{share}data wait {100 * record['data_wait']:.1f} %  left {duration(left)}"
         )
         if self._terminal:
             say("\r" + line.ljust(self._width), end="")

@@ -31,6 +31,7 @@ from laclip.config import Config, load_config
 from laclip.dataset import Dataset, open_dataset
 from laclip.engine_settings import engine_settings
 from laclip.evaluation import evaluate
+from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
 from laclip.model import CLIP, build_model, compile_blocks, load_weights
@@ -145,6 +146,12 @@ def connect(config: Config, ranks: Ranks) -> None:
         built = Path(sys.prefix) / "torch_extensions"  # by requirements/build_deepspeed_op.py
         if built.is_dir():
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
+        lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm_op" / "lock"
+        if lock.exists() and time.time() - lock.stat().st_mtime > 600:
+            raise ValueError(
+                f"'{lock}' is what a killed build of DeepSpeed's operator left: no build takes ten "
+                f"minutes, and every start would wait for it. Run: rm '{lock}'"
+            )
         if "OMP_NUM_THREADS" not in os.environ:
             here = int(os.environ.get("LOCAL_SIZE", ranks.world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
@@ -222,6 +229,7 @@ def run(
         image_size=config.model.vision.image_size,
         context_length=config.model.text.context_length,
         device=ranks.device,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
         rank=ranks.rank,
         world_size=ranks.world_size,
         start=state["step"],
@@ -315,6 +323,13 @@ def run(
                 "bad_samples": len(loader.bad_samples),
                 "variants": variant_shares(variants, np.array(counts[len(STOPS) + 3 :])),
                 "memory_mib": peak_memory_mib(ranks),
+                **utilization(
+                    config.model,
+                    batch.token_ids,
+                    tokenizer.eot_token,
+                    batch_size / seconds / ranks.world_size,
+                    ranks.device,
+                ),
             }
             if not result.applied:
                 record["skipped"] = True
@@ -364,8 +379,11 @@ def log_skipped(
     names = gather_objects([loader.name(int(sample)) for sample in batch.samples])
     if ranks.is_first:
         record = {"step": step, "loss": loss, "samples": [name for part in names for name in part]}
-        with (folder / "skipped_steps.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with (folder / "skipped_steps.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            say(f"\nlaclip: the samples of the skipped step {step} are lost: {error}")
 
 
 def score_tasks(
