@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from laclip.rewrite.wordnet import FOLDER
+
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))  # engine_ranks and train_job, which several tests share
 EMOJI = ROOT / "examples" / "emoji"
@@ -31,6 +33,21 @@ def install(pins):
     spec.loader.exec_module(oracles)
     oracles.PINS = ROOT / "tests" / "data" / pins
     return oracles.install()
+
+
+@pytest.fixture(scope="session")
+def wordnet():
+    """The folder of WordNet as Debian has it: installed, or its package unpacked."""
+    if (FOLDER / "data.noun").exists():
+        return FOLDER
+    cache = ROOT / ".venv" / "wordnet"
+    if not (cache / "usr").exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["apt-get", "update", "-q"], check=True)
+        subprocess.run(["apt-get", "download", "wordnet-base"], cwd=cache, check=True)
+        (package,) = cache.glob("*.deb")
+        subprocess.run(["dpkg", "-x", package, cache], check=True)
+    return cache / "usr" / "share" / "wordnet"
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,17 @@ for way, pick in (ways | {"lasttoken": lambda rows: rows[-1]}).items():
         worst = max(worst, float((alone / alone.norm() - feature).abs().max()))
     found[way] = worst
 
+import transformers
+translator = folder.with_name("t5")
+encoder.tokenizer.save_pretrained(translator)
+sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+config = transformers.T5Config(**sizes, vocab_size=len(encoder.tokenizer))
+transformers.T5Model(config).save_pretrained(translator)
+try:
+    Encoder(translator)
+except ValueError as error:
+    found["refused"] = str(error)
+
 real = Encoder(gguf)
 first, second = (real.embed([pair[i] for pair in pairs]) for i in (0, 1))
 cosines = first @ second.T
@@ -97,19 +108,24 @@ def test_features_are_those_of_each_text_alone_pooled_as_the_folder_says(way, fo
     assert found[way] < 1e-5
 
 
+def test_a_model_of_another_kind_is_refused(found):
+    assert "T5Model is no encoder of sentences" in found["refused"]
+
+
 def test_a_real_model_finds_paraphrases_nearer_than_other_captions(found):
     assert found["compared"] < 1e-4
     assert found["nearer"] > 0.7  # 0.5 would be by chance; a decoder is a weak encoder
 
 
 def test_what_is_too_far_in_meaning_is_rejected_counted_and_shown(
-    found, encoder, environment, tmp_path
+    found, encoder, wordnet, environment, tmp_path
 ):
     captions = (Path(__file__).parent / "data" / "captions.txt").read_text().split("\n")
     (tmp_path / "captions.txt").write_text("\n".join(captions[:200]))
 
     def run(out, *more):
-        words = ["rewrite", "captions.txt", out, "--method", "eda", "--encoder", encoder, *more]
+        words = ["rewrite", "captions.txt", out, "--method", "eda", "--wordnet", wordnet]
+        words += ["--encoder", encoder, *more]
         command = [sys.executable, "-m", "laclip.cli", *map(str, words)]
         subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
         files = [tmp_path / out / kind / "captions.jsonl" for kind in ("shards", "rejects")]
@@ -152,6 +168,7 @@ def test_an_encoder_with_more_layers_than_pooling_is_refused(module, tmp_path, c
                ("Transformer", "Pooling", module)]  # fmt: skip
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "a.txt").write_text("a red door\n")
-    given = ["rewrite", tmp_path / "a.txt", tmp_path / "out", "--method", "eda", "--encoder"]
-    assert main([*map(str, given), str(tmp_path)]) == 2
+    given = ["rewrite", tmp_path / "a.txt", tmp_path / "out", "--server", "http://localhost/v1"]
+    given += ["--model", "m", "--encoder", tmp_path]
+    assert main(list(map(str, given))) == 2
     assert module in capsys.readouterr().err

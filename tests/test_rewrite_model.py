@@ -138,10 +138,18 @@ def test_a_killed_run_goes_on_with_a_server_that_chats(server, captions, tmp_pat
     assert kept.items() <= {entry["key"]: entry["text"] for entry in entries}.items()
 
 
-def test_an_engine_that_is_not_installed_is_named_with_its_extra(
-    captions, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("option", "more"),
+    [
+        ("--model", ["--engine", "transformers", "--model", "m"]),
+        ("--encoder", ["--server", "http://localhost/v1", "--model", "m", "--encoder", "m"]),
+        ("--translators", ["--method", "backtranslate", "--translators", "m", "m"]),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    option, more, captions, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    words = ["rewrite", captions, tmp_path / "out", "--engine", "transformers", "--model", "m"]
-    assert main(list(map(str, words))) == 2
-    assert "pip install 'laclip[rewrite]'" in capsys.readouterr().err
+    assert main(list(map(str, ["rewrite", captions, tmp_path / "out", *more]))) == 2
+    said = capsys.readouterr().err
+    assert f"{option} needs" in said and "pip install 'laclip[rewrite]'" in said

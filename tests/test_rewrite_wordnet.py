@@ -2,40 +2,21 @@
 
 import json
 import shutil
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from laclip.cli import main
-from laclip.rewrite.wordnet import FOLDER, EasyAugmentation, WordNet
-
-CACHE = Path(__file__).parent.parent / ".venv" / "wordnet"
+from laclip.rewrite.wordnet import EasyAugmentation, WordNet
 
 
 @pytest.fixture(scope="module")
-def folder():
-    """WordNet as Debian has it: installed, or its package unpacked."""
-    if (FOLDER / "data.noun").exists():
-        return FOLDER
-    inside = CACHE / "usr" / "share" / "wordnet"
-    if not inside.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "update", "-q"], check=True)
-        subprocess.run(["apt-get", "download", "wordnet-base"], cwd=CACHE, check=True)
-        (package,) = CACHE.glob("*.deb")
-        subprocess.run(["dpkg", "-x", package, CACHE], check=True)
-    return inside
+def augmentation(wordnet):
+    return EasyAugmentation(wordnet)
 
 
-@pytest.fixture(scope="module")
-def augmentation(folder):
-    return EasyAugmentation(folder)
-
-
-def test_synonyms_are_the_words_of_all_synsets(folder):
-    wordnet = WordNet(folder)
+def test_synonyms_are_the_words_of_all_synsets(wordnet):
+    wordnet = WordNet(wordnet)
     assert wordnet.synonyms("automobile") == ("car", "auto", "machine", "motorcar")
     assert "domestic dog" in wordnet.synonyms("dog")
     assert wordnet.synonyms("of") == wordnet.synonyms("qwertz") == ()
@@ -60,9 +41,9 @@ def test_the_four_operations_are_drawn_evenly(augmentation):
     assert abs(kinds["nothing"] - 500 * 0.9**10) < 110
 
 
-def test_a_change_is_a_function_of_caption_and_seed(augmentation, folder):
+def test_a_change_is_a_function_of_caption_and_seed(augmentation, wordnet):
     caption = "A small dog, running on the beach."
-    again = EasyAugmentation(folder)
+    again = EasyAugmentation(wordnet)
     changes = [augmentation.change(caption, seed) for seed in range(50)]
     assert changes == [again.change(caption, seed) for seed in range(50)]
     assert len(set(changes)) > 20
@@ -77,9 +58,9 @@ def test_punctuation_and_function_words_stay(augmentation):
     }  # fmt: skip
 
 
-def test_eda_writes_rewrites_like_any_engine(folder, emoji_copy, tmp_path, capsys):
+def test_eda_writes_rewrites_like_any_engine(wordnet, emoji_copy, tmp_path, capsys):
     words = ["rewrite", str(emoji_copy), str(tmp_path / "out"), "--method", "eda"]
-    assert main([*words, "--wordnet", str(folder)]) == 0
+    assert main([*words, "--wordnet", str(wordnet)]) == 0
     rewrites = [json.loads(line) for line in (tmp_path / "out" / "rewrites.jsonl").open()]
     assert len(rewrites) > 1000 and rewrites[0]["model"] == "eda"
     assert (
@@ -89,8 +70,8 @@ def test_eda_writes_rewrites_like_any_engine(folder, emoji_copy, tmp_path, capsy
     assert "eda" in capsys.readouterr().out
 
 
-def test_missing_wordnet_is_named_with_its_package(folder, tmp_path, capsys):
-    for path in folder.glob("*.noun"):
+def test_missing_wordnet_is_named_with_its_package(wordnet, tmp_path, capsys):
+    for path in wordnet.glob("*.noun"):
         shutil.copy(path, tmp_path)
     (tmp_path / "a.txt").write_text("a red door\n")
     words = ["rewrite", str(tmp_path / "a.txt"), str(tmp_path / "out"), "--method", "eda"]

@@ -60,6 +60,13 @@ class Encoder:
         first = (getattr(config, "pad_token_id", None) or 0) + 1  # RoBERTa counts from there
         taken = first if "roberta" in config.model_type else 0
         self._longest = min(MAX_TOKENS, self.tokenizer.model_max_length, places - taken)
+        try:
+            self.embed(["a red door"])
+        except (ValueError, TypeError, AttributeError) as error:  # it wants images, or another text
+            kind = type(self.model).__name__
+            raise ValueError(
+                f"--encoder {folder}: {kind} is no encoder of sentences: {error}"
+            ) from None
 
     def compare(self, pairs: list[tuple[str, str]]) -> list[float]:
         """The cosine of the two texts of each pair, -1 to 1, to four digits."""
