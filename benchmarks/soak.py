@@ -3,8 +3,8 @@
     python benchmarks/soak.py [--reader 200000] [--loader 20000] [--out FILE]
 
 First the batch reader alone, with jumps, bad samples and batches kept for a while; then the loader
-with DALI, an image that fails from time to time among them. Fails if a count is larger in the second
-half than it ever was in the first, or memory by more than 4 MiB.
+with DALI, an image that fails from time to time among them. Fails if a count is larger in the
+second half than it ever was in the first, or memory by more than 4 MiB.
 """
 
 import argparse
