@@ -72,9 +72,8 @@ def main():
         "perfect shuffle": np.random.default_rng(0).permutation(TOTAL),
     }
     figure, axes = plt.subplots(figsize=(7, 3.6))
-    print(
-        "| order | median distance | within 256 | shards in 1,000 samples |\n| --- | --- | --- | --- |"
-    )
+    print("| order | median distance | within 256 | shards in 1,000 samples |")
+    print("| --- | --- | --- | --- |")
     for name, order in orders.items():
         assert len(np.unique(order)) == TOTAL
         apart = np.sort(distances(order))

@@ -11,7 +11,8 @@ namespace laclip {
 namespace {
 
 // The arithmetic is that of Pillow's libImaging/Resample.c: weights in 22 bits, results of each
-// pass rounded to 8 bits, rows first.
+// pass rounded to 8 bits. Here columns always come first, one row of the result after the other;
+// Pillow chooses by the shape, so that roundings differ, by less than 0.2 levels in the mean.
 constexpr int kBits = 32 - 8 - 2;
 constexpr std::int32_t kHalf = 1 << (kBits - 1);
 
