@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything about the losses that needs a GPU, in one command, safest step first:
+# Everything that needs a GPU, in one command, safest step first:
 #
-#   benchmarks/gpu.sh [FOLDER [STEP...]]      steps: tests sanitize resources sweep tune plot
+#   benchmarks/gpu.sh [FOLDER [STEP...]]   steps: tests sanitize resources sweep tune plot model train
 #
 # Results go to FOLDER (default: $OUT, else benchmarks/results). PYTHON names the interpreter
 # (default: .venv's where there is one); RIVALS a folder with open_clip, inf_cl and siglip_kernel
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 folder=$(realpath -m "${1:-${OUT:-benchmarks/results}}")
 shift || true
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(tests sanitize resources sweep tune plot)
+[ ${#steps[@]} -gt 0 ] || steps=(tests sanitize resources sweep tune plot model train)
 mkdir -p "$folder"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 python=$(command -v "$python")
@@ -74,8 +74,15 @@ for step in "${steps[@]}"; do
   plot)
     "$python" benchmarks/loss.py --out "$folder/loss_gpu.jsonl" --plot "$folder/loss_gpu.png"
     ;;
+  model)
+    "$python" -m pytest tests/test_model_gpu.py -q -p no:cacheprovider | tee "$folder/gpu_model.txt"
+    "$python" benchmarks/attention.py --out "$folder/attention_gpu.jsonl"
+    ;;
+  train)
+    "$python" requirements/oracles.py benchmarks/train.py --out "$folder/train_gpu.jsonl" ${TRAIN:-}
+    ;;
   *)
-    echo "gpu.sh: no step '$step'; there are tests, sanitize, resources, sweep, tune, plot" >&2
+    echo "gpu.sh: no step '$step'; there are tests, sanitize, resources, sweep, tune, plot, model, train" >&2
     exit 2
     ;;
   esac

@@ -20,21 +20,21 @@ from torch.nn.functional import normalize
 from laclip.config import PRESETS, DataConfig, ModelConfig, TextConfig, VisionConfig
 from laclip.convert import to_laclip
 from laclip.dataset import open_dataset
+from laclip.flops import peak_flops, training_flops
 from laclip.kernels import clip_loss
 from laclip.loader import Loader
-from laclip.model import build_model, compile_blocks, training_flops
+from laclip.model import build_model, compile_blocks
 from laclip.optimizer import build_optimizer
 from laclip.tokenizer import load_tokenizer
 
 VOCABULARY, EOT, CONTEXT = 49408, 49407, 77
-# Batches for 80 GB; `small` is what two CPU cores can train.
-BATCHES = {"vit_b_32": 1024, "vit_b_16": 512, "vit_l_14": 192, "small": 16}
+# For 80 GB with four models and their optimizers; `small` is what two CPU cores can train.
+BATCHES = {"vit_b_32": 1024, "vit_b_16": 512, "vit_l_14": 128, "small": 16}
 SMALL = {
     "embed_dim": 256,
     "vision": {"patch_size": 32, "width": 384, "depth": 6, "heads": 6},
     "text": {"width": 256, "depth": 6, "heads": 4},
 }
-PEAK_FLOPS = 989e12  # one H100, dense bf16, NVIDIA's data sheet
 ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[Batch], Tensor]
@@ -234,20 +234,23 @@ def run(model: str, args: argparse.Namespace, device: str) -> list:
         seconds=args.seconds,
     )
     rival = next(r for r in records if r.name == "open_clip")
+    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     cpu = {name: 1e3 * statistics.median(taken) for name, taken in clocks.items()}
     for record in records:
         whole = not record.name.startswith("part: ")
         record.throughput = record.throughput if whole else None
-        if device == "cpu":
-            record.extra["cpu_ms"] = cpu[record.name]
-            record.extra["speed_up"] = cpu["open_clip"] / cpu[record.name] if whole else None
-        elif record.median and rival.median:
-            rate = batch_size / (record.median / 1e3) / PEAK_FLOPS
-            tokens = record.extra["mean_tokens"]
-            record.extra["speed_up"] = rival.median / record.median if whole else None
-            record.extra["mfu_padded"] = training_flops(config) * rate if whole else None
-            known = whole and tokens is not None
-            record.extra["mfu_real"] = training_flops(config, tokens) * rate if known else None
+        milliseconds = cpu[record.name] if device == "cpu" else record.median
+        base = cpu["open_clip"] if device == "cpu" else rival.median
+        counted = whole and milliseconds
+        record.extra["cpu_ms"] = milliseconds if device == "cpu" else None
+        record.extra["speed_up"] = base / milliseconds if counted and base else None
+        for kind, tokens in (("padded", None), ("real", record.extra["mean_tokens"])):
+            known = counted and (kind == "padded" or tokens is not None)
+            flops = (
+                training_flops(config, tokens) * batch_size / (milliseconds / 1e3) if known else 0
+            )
+            record.extra[f"tflops_{kind}"] = flops / 1e12 if known else None
+            record.extra[f"mfu_{kind}"] = flops / peak if known and peak else None
     return records
 
 

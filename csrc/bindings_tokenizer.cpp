@@ -106,7 +106,7 @@ void bind_tokenizer(nb::module_& module) {
           "bytes_of",
           [](const Bpe& bpe, std::size_t token) {
             if (token >= Bpe::kVocabularySize) throw nb::index_error("no such token");
-            const std::string& bytes = bpe.bytes_of(static_cast<Bpe::Token>(token));
+            const std::string_view bytes = bpe.bytes_of(static_cast<Bpe::Token>(token));
             return nb::bytes(bytes.data(), bytes.size());
           },
           "token"_a, "The bytes of a token; the last token of a word ends in </w>.");

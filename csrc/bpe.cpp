@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <queue>
 #include <stdexcept>
-#include <unordered_map>
 
 namespace laclip {
 namespace {
@@ -27,30 +26,67 @@ std::string utf8(unsigned code_point) {  // below U+0800
 
 constexpr std::size_t kShortWord = 64;  // above, the heap of encode_long pays
 
+// The symbols as the file writes them, found by their text.
+class Names {
+ public:
+  Names() : slots_(kMask + 1, Bpe::kNone) {}
+
+  // The id of the name a + b, or kNone.
+  Bpe::Token find(std::string_view a, std::string_view b) const { return slots_[slot_of(a, b)]; }
+
+  // The next id, for the name a + b; kNone where it stands already.
+  Bpe::Token add(std::string_view a, std::string_view b) {
+    Bpe::Token& slot = slots_[slot_of(a, b)];
+    if (slot != Bpe::kNone) return Bpe::kNone;
+    slot = static_cast<Bpe::Token>(texts_.size());
+    texts_.append(a, b);
+    return slot;
+  }
+
+ private:
+  static constexpr std::size_t kMask = (std::size_t{1} << 17) - 1;
+
+  std::size_t slot_of(std::string_view a, std::string_view b) const {
+    std::uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a
+    for (const std::string_view part : {a, b}) {
+      for (const char c : part) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+    }
+    for (std::size_t slot = (hash ^ hash >> 32) & kMask;; slot = (slot + 1) & kMask) {
+      if (slots_[slot] == Bpe::kNone) return slot;
+      const std::string_view text = texts_[slots_[slot]];
+      if (text.size() == a.size() + b.size() && text.starts_with(a) && text.ends_with(b)) {
+        return slot;
+      }
+    }
+  }
+
+  Strings texts_;
+  std::vector<Bpe::Token> slots_;
+};
+
 }  // namespace
 
 Bpe::Bpe(std::string_view merges)
     : pairs_(kPairMask + 1), byte_pairs_(kBytes * 2 * kBytes, kNone), words_(kWordMask + 1) {
-  std::vector<std::string> names(2 * kBytes);  // as the file writes them
-  token_bytes_.resize(2 * kBytes);
+  std::array<std::string, kBytes> printed;
   Token token = 0;
   unsigned replacement = 0x100;
   for (const bool itself : {true, false}) {
     for (unsigned byte = 0; byte < kBytes; ++byte) {
       if (stands_for_itself(byte) != itself) continue;
       byte_token_[byte] = token;
-      names[token] = utf8(itself ? byte : replacement++);
-      names[token + kBytes] = names[token] + "</w>";
-      token_bytes_[token] = std::string(1, static_cast<char>(byte));
-      token_bytes_[token + kBytes] = token_bytes_[token] + "</w>";
+      printed[token] = utf8(itself ? byte : replacement++);
+      const char character = static_cast<char>(byte);
+      token_bytes_.append({&character, 1}, {});
       ++token;
     }
   }
-  names.reserve(kVocabularySize);
-  token_bytes_.reserve(kVocabularySize);
-  std::unordered_map<std::string_view, Token> ids;  // into `names`, which never reallocates
-  ids.reserve(kVocabularySize);
-  for (Token id = 0; id < 2 * kBytes; ++id) ids.emplace(names[id], id);
+  Names names;
+  for (Token id = 0; id < kBytes; ++id) names.add(printed[id], {});
+  for (Token id = 0; id < kBytes; ++id) {
+    names.add(printed[id], "</w>");
+    token_bytes_.append(token_bytes_[id], "</w>");
+  }
 
   std::size_t begin = merges.find('\n');
   for (std::size_t line = 2; line < kMerges + 2; ++line) {
@@ -59,19 +95,18 @@ Bpe::Bpe(std::string_view merges)
     const std::string_view text = merges.substr(begin, end - begin);
     const std::size_t space = text.find(' ');
     if (space == std::string_view::npos) refuse(line, "not two symbols");
-    const auto left = ids.find(text.substr(0, space));
-    const auto right = ids.find(text.substr(space + 1));
+    const Token left = names.find(text.substr(0, space), {});
+    const Token right = names.find(text.substr(space + 1), {});
     // Merging in order of rank, leftmost first, relies on this: see encode_short.
-    if (left == ids.end() || right == ids.end()) refuse(line, "symbol not made by a line above");
-    const auto merged = static_cast<Token>(names.size());
-    names.push_back(names[left->second] + names[right->second]);
-    token_bytes_.push_back(token_bytes_[left->second] + token_bytes_[right->second]);
-    if (!ids.emplace(names.back(), merged).second) refuse(line, "symbol made twice");
-    add_pair(left->second, right->second, merged);
+    if (left == kNone || right == kNone) refuse(line, "symbol not made by a line above");
+    const Token merged = names.add(text.substr(0, space), text.substr(space + 1));
+    if (merged == kNone) refuse(line, "symbol made twice");
+    token_bytes_.append(token_bytes_[left], token_bytes_[right]);
+    add_pair(left, right, merged);
     begin = end;
   }
-  token_bytes_.emplace_back("<|startoftext|>");
-  token_bytes_.emplace_back("<|endoftext|>");
+  token_bytes_.append("<|startoftext|>", {});
+  token_bytes_.append("<|endoftext|>", {});
 
   std::vector<Token> tokens;
   for (Token id = kBytes; id < kStartOfText; ++id) {
@@ -103,8 +138,8 @@ void Bpe::add_word(std::string_view word, Token token) {
 
 void Bpe::encode_word(std::string_view word, std::vector<Token>& tokens) const {
   if (word.empty()) return;
-  if (word == token_bytes_.back() || word == token_bytes_[token_bytes_.size() - 2]) {
-    tokens.push_back(word == token_bytes_.back() ? kEndOfText : kStartOfText);
+  if (word == token_bytes_[kEndOfText] || word == token_bytes_[kStartOfText]) {
+    tokens.push_back(word == token_bytes_[kEndOfText] ? kEndOfText : kStartOfText);
   } else if (word.size() <= kShortWord) {
     encode_short(word, tokens);
   } else {

@@ -47,6 +47,26 @@ inline WordKey make_key(const char* word, std::size_t bytes) {
   return key;
 }
 
+// Many strings in one piece of memory.
+class Strings {
+ public:
+  // Appends a + b; both may be strings of this.
+  void append(std::string_view a, std::string_view b) {
+    const std::string end(b);
+    text_.append(a).append(end);
+    ends_.push_back(static_cast<std::uint32_t>(text_.size()));
+  }
+  std::string_view operator[](std::size_t i) const {
+    const std::size_t begin = i == 0 ? 0 : ends_[i - 1];
+    return {text_.data() + begin, ends_[i] - begin};
+  }
+  std::size_t size() const { return ends_.size(); }
+
+ private:
+  std::string text_;
+  std::vector<std::uint32_t> ends_;
+};
+
 class Bpe {
  public:
   using Token = std::uint16_t;
@@ -78,7 +98,7 @@ class Bpe {
   void prefetch(const WordKey& key) const { __builtin_prefetch(&words_[key.hash() & kWordMask]); }
 
   // The bytes of a token; the last token of a word ends in "</w>".
-  const std::string& bytes_of(Token token) const { return token_bytes_[token]; }
+  std::string_view bytes_of(Token token) const { return token_bytes_[token]; }
 
  private:
   static constexpr std::size_t kWordMask = (std::size_t{1} << 16) - 1;
@@ -113,7 +133,7 @@ class Bpe {
   std::vector<Pair> pairs_;
   std::vector<Token> byte_pairs_;  // merge_of two bytes, the second perhaps a word's last
   std::vector<Word> words_;
-  std::vector<std::string> token_bytes_;
+  Strings token_bytes_;
 };
 
 }  // namespace laclip

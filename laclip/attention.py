@@ -1,5 +1,6 @@
 """Attention over rows of tokens, and how captions are laid out as rows."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CAPTION_STEP = 8  # captions are grouped by length, rounded up to a multiple of this
+CAPTION_PORTIONS = 32  # and their groups by size: a multiple of one part in so many of the batch
 # PyTorch prefers flash to cuDNN; on Hopper cuDNN is the faster one at these lengths.
 SDPA_PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
@@ -43,17 +45,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, backen
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool) -> Tensor:
     """PyTorch's attention, a group at a time; is_causal, as a mask would rule out fast kernels."""
-    outputs, start = [], 0
-    for sequences, tokens in layout.groups:
-        rows = slice(start, start + sequences * tokens)
-        start += sequences * tokens
-        a, b, c = (t[rows].unflatten(0, (sequences, tokens)).transpose(1, 2) for t in (q, k, v))
-        if q.is_cuda:
-            with sdpa_kernel(SDPA_PRIORITY, set_priority=True):
-                output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
-        else:
+    sizes = [sequences * tokens for sequences, tokens in layout.groups]
+    # split: its backward writes the gradients of all groups once, that of slices once a group.
+    parts = zip(layout.groups, *(t.split(sizes) if len(sizes) > 1 else (t,) for t in (q, k, v)))
+    outputs = []
+    with sdpa_kernel(SDPA_PRIORITY, set_priority=True) if q.is_cuda else nullcontext():
+        for group, *rows in parts:
+            a, b, c = (t.unflatten(0, group).transpose(1, 2) for t in rows)
             output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -92,18 +92,21 @@ def group_captions(
 ) -> tuple[Tensor, Tensor, Layout]:
     """Groups captions of similar length, each padded to its group's length.
 
-    A group with less than a sixteenth of the captions joins the next longer one. The result is a
-    function of the lengths alone, so that a batch always runs in the same shapes.
-    lengths: [captions] int64. Returns the rows' places in the flattened [captions, tokens] grid,
-    each caption's pooled row, and the layout.
+    Each group but the shortest takes a whole number of thirty-seconds of the captions, the last of
+    them from the next shorter ones: so a few numbers of rows serve all batches, and what is
+    allocated or compiled for one serves the next. The result is a function of the lengths alone,
+    so that a batch always runs in the same shapes. lengths: [captions] int64. Returns the rows'
+    places in the flattened [captions, tokens] grid, each caption's pooled row, and the layout.
     """
-    groups, waiting, smallest = [], 0, max(2, len(lengths) // 16)
-    last = max(i for i, count in enumerate(histogram) if count)
-    for i, count in enumerate(histogram[: last + 1]):
-        waiting += count
-        if waiting >= smallest or i == last:
-            groups.append((waiting, min((i + 1) * CAPTION_STEP, tokens)))
-            waiting = 0
+    portion, longer, grouped = max(1, len(lengths) // CAPTION_PORTIONS), 0, 0
+    groups: list[tuple[int, int]] = []  # from the longest on
+    for i in reversed(range(len(histogram))):
+        longer += histogram[i]
+        up_to = min(len(lengths), -(-longer // portion) * portion)
+        if up_to > grouped:
+            groups.append((up_to - grouped, min((i + 1) * CAPTION_STEP, tokens)))
+            grouped = up_to
+    groups.reverse()
     order = torch.argsort(lengths, stable=True)
     rows, begins, start = [], [], 0
     for (count, length), captions in zip(groups, order.split([n for n, _ in groups])):

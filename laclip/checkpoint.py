@@ -3,16 +3,23 @@
     RUN/checkpoints/step_00000200/
         mp_rank_*, zero_pp_rank_*    DeepSpeed's own files
         random_rank_*.pt             generator states, one a rank
-        state.json                   step, loader state, datasets, ranks
+        state.json                   step, loader state, datasets, ranks, ZeRO stage, score
         manifest.json                size and XXH64 of every other file; written last
 
-A checkpoint is written under a temporary name, synced, and renamed by the first rank.
+A checkpoint is written under a temporary name, synced, and renamed by the first rank. Another
+number of ranks than wrote it loads it through DeepSpeed's universal form.
 """
 
+import argparse
+import contextlib
+import io
 import json
 import os
 import random
 import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +28,90 @@ import torch
 import torch.distributed as dist
 
 from laclip import _native
-from laclip.parallel import Ranks, from_first, gather_objects, raise_on_all
+from laclip.parallel import JointError, Ranks, from_first, gather_objects, raise_on_all
 
 _TEMPORARY = ".partial"
 
 
-def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], ranks: Ranks) -> Path:
+def save_checkpoint(
+    engine: Any, folder: Path, state: dict[str, Any], stage: int, ranks: Ranks
+) -> Path:
     """Write a checkpoint of all ranks; state: what JSON can hold, with the `step`.
 
-    Returns the checkpoint's folder. Raises on every rank if any rank fails.
+    Returns the checkpoint's folder. Raises JointError on every rank if any rank could not write;
+    then nothing is left of it, and older checkpoints are as they were.
     """
     final = folder / f"step_{state['step']:08d}"
     partial = folder / (final.name + _TEMPORARY)
-    if ranks.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    error: BaseException | None = None
+    what = f"writing checkpoint '{final}'"
+    error: Exception | None = None
     checked: dict[str, Any] = {}
-    try:
-        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-        torch.save(_generator_states(), partial / f"random_rank_{ranks.rank:05d}.pt")
-        if ranks.is_first:
-            text = json.dumps({**state, "world_size": ranks.world_size}, indent=1)
-            (partial / "state.json").write_text(text)
-        dist.barrier()
-        checked = _checksums(partial, _files(partial), ranks, sync=True)
-    except OSError as failure:
-        error = failure
-    raise_on_all(error, f"writing checkpoint '{final}'")
-    parts = gather_objects(checked)
     if ranks.is_first:
         try:
-            _write_synced(
-                partial / "manifest.json",
-                json.dumps({name: part[name] for part in parts for name in part}, indent=1),
-            )
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _sync_folder(folder)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         except OSError as failure:
             error = failure
-    raise_on_all(error, f"writing checkpoint '{final}'")
+    raise_on_all(error, what)
+    try:
+        with _errors_held_back(engine.checkpoint_engine) as errors:
+            engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+        error = errors[0] if errors else None
+        if error is None:
+            try:
+                torch.save(_generator_states(), partial / f"random_rank_{ranks.rank:05d}.pt")
+                if ranks.is_first:
+                    content = {**state, "world_size": ranks.world_size, "stage": stage}
+                    (partial / "state.json").write_text(json.dumps(content, indent=1))
+            except (OSError, RuntimeError) as failure:
+                error = failure
+        raise_on_all(error, what)
+        try:
+            checked = _checksums(partial, _files(partial), ranks, sync=True)
+        except OSError as failure:
+            error = failure
+        raise_on_all(error, what)
+        parts = gather_objects(checked)
+        if ranks.is_first:
+            try:
+                _write_synced(
+                    partial / "manifest.json",
+                    json.dumps({name: part[name] for part in parts for name in part}, indent=1),
+                )
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                _sync_folder(folder)
+            except OSError as failure:
+                error = failure
+        raise_on_all(error, what)
+    except JointError:
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
+
+
+@contextlib.contextmanager
+def _errors_held_back(checkpoint_engine: Any) -> Iterator[list[Exception]]:
+    """Collect the errors of DeepSpeed's writes.
+
+    Raised inside its save_checkpoint, they would leave the other ranks waiting at its barriers.
+    """
+    errors: list[Exception] = []
+    save = checkpoint_engine.save
+
+    def guarded(*arguments: Any, **options: Any) -> None:
+        if not errors:
+            try:
+                save(*arguments, **options)
+            except (OSError, RuntimeError) as error:  # torch.save raises both for a full disk
+                errors.append(error)
+
+    checkpoint_engine.save = guarded
+    try:
+        yield errors
+    finally:
+        checkpoint_engine.save = save
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -72,11 +120,31 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.suffix != _TEMPORARY)
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What was saved beside the model: `step`, `score` (None without one), ..."""
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def best_score(folder: Path) -> float:
+    """The best score of a run's checkpoints, -inf where none has one."""
+    scores = [read_state(path)["score"] for path in list_checkpoints(folder)]
+    return max((score for score in scores if score is not None), default=float("-inf"))
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of a run's newest checkpoint, None without one."""
+    found = list_checkpoints(folder)
+    return int(found[-1].name.removeprefix("step_")) if found else None
+
+
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and what an interrupted write left."""
+    """Delete what an interrupted write left, and all but the newest `keep` and the best."""
     for path in folder.glob(f"step_*{_TEMPORARY}"):
         shutil.rmtree(path, ignore_errors=True)
+    best = best_score(folder)
     for path in list_checkpoints(folder)[:-keep]:
+        if read_state(path)["score"] == best:
+            continue
         # Renamed first: a deletion that is interrupted leaves no half checkpoint.
         doomed = path.with_name(path.name + _TEMPORARY)
         path.rename(doomed)
@@ -88,29 +156,115 @@ def newest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]
     for path in reversed(from_first(list_checkpoints(folder))):
         problems = [text for texts in gather_objects(_damage(path, ranks)) for text in texts]
         if not problems:
-            return path, json.loads((path / "state.json").read_text())
+            return path, read_state(path)
         if ranks.is_first:
             print(f"laclip: passing over the damaged checkpoint '{path}': {'; '.join(problems)}")
     return None
 
 
-def load_checkpoint(engine: Any, path: Path, state: dict[str, Any], ranks: Ranks) -> None:
-    """Load a checkpoint that newest_checkpoint gave, generator states included."""
-    if state["world_size"] != ranks.world_size:
-        raise ValueError(
-            f"'{path}' was written by {state['world_size']} ranks, this job has "
-            f"{ranks.world_size}. Start it with {state['world_size']}: deepspeed --num_gpus "
-            f"{state['world_size']} ..."
+def fit_checkpoint(
+    path: Path, state: dict[str, Any], stage: int, ranks: Ranks
+) -> contextlib.AbstractContextManager[Path]:
+    """A context with the folder to load a checkpoint from on these ranks.
+
+    It is the checkpoint's own where as many ranks wrote it, or where each holds everything (ZeRO
+    stage 0); else a universal copy beside it, which is deleted at the end. Raises JointError for
+    another ZeRO stage.
+    """
+    if state["stage"] != stage:
+        raise JointError(
+            f"'{path}' was written under ZeRO stage {state['stage']}, this job runs under stage "
+            f"{stage}. Go on with the run under stage {state['stage']}: --deepspeed_config "
+            f"configs/deepspeed/zero{state['stage']}.json"
         )
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if stage == 0 or state["world_size"] == ranks.world_size:
+        return contextlib.nullcontext(path)
+    return _universal_copy(path, ranks)
+
+
+@contextlib.contextmanager
+def _universal_copy(path: Path, ranks: Ranks) -> Iterator[Path]:
+    copy = path.with_name(path.name + ".universal" + _TEMPORARY)
+    error: BaseException | None = None
+    with ThreadPoolExecutor(1) as thread:
+        job = thread.submit(_convert, path, copy) if ranks.is_first else None
+        # The others ask again and again, as no one call may wait longer than the network's timeout.
+        while not from_first(job is not None and job.done()):
+            time.sleep(0.1)
+        if job is not None:
+            error = job.exception()
+    try:
+        raise_on_all(error, f"converting '{path}' to {ranks.world_size} ranks")
+        yield copy
+        dist.barrier()
+    finally:
+        if ranks.is_first:
+            shutil.rmtree(copy, ignore_errors=True)
+            (path.parent / "latest_universal").unlink(missing_ok=True)
+
+
+def _convert(path: Path, copy: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(copy, ignore_errors=True)
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+    options |= {"strict": True, "inject_missing_state": True}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(
+            argparse.Namespace(input_folder=str(path), output_folder=str(copy), **options)
+        )
+
+
+def load_checkpoint(
+    engine: Any, folder: Path, path: Path, state: dict[str, Any], ranks: Ranks
+) -> None:
+    """Load a checkpoint, generator states included.
+
+    folder: what fit_checkpoint gave for the checkpoint at `path`. Where the two differ the engine
+    must have been set to load the universal form.
+    """
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in engine.optimizer.param_groups
+    ]
+    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
-        raise RuntimeError(f"DeepSpeed could not load '{path}'")
-    states = torch.load(path / f"random_rank_{ranks.rank:05d}.pt", weights_only=False)
+        raise RuntimeError(f"DeepSpeed could not load '{folder}'")
+    if folder != path:
+        # ZeRO-3 gives every group the first group's values and one `step` tensor to all states.
+        for group, values in zip(engine.optimizer.param_groups, groups):
+            group.update(values)
+        for parameter, values in engine.optimizer.optimizer.state.items():
+            values["step"] = values["step"].to(parameter.device, copy=True)
+        _load_frozen_parameters(engine.module, path, state)
+    own = ranks.rank % state["world_size"]
+    states = torch.load(path / f"random_rank_{own:05d}.pt", weights_only=False)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _load_frozen_parameters(module: torch.nn.Module, path: Path, state: dict[str, Any]) -> None:
+    """What is not trained stands beside the universal form, not in it."""
+    import deepspeed
+
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return
+    files = sorted(path.glob("*model_states.pt"))
+    parts = [torch.load(file, map_location="cpu", weights_only=False) for file in files]
+    with deepspeed.zero.GatheredParameters(
+        list(frozen.values()), modifier_rank=0, enabled=state["stage"] == 3
+    ):
+        for name, parameter in frozen.items():
+            if state["stage"] == 3:
+                whole = torch.cat([part["frozen_param_fragments"][name] for part in parts])
+            else:
+                whole = parts[0]["module"][name]
+            if parameter.numel():
+                parameter.data.copy_(whole.flatten()[: parameter.numel()].view_as(parameter))
 
 
 def _generator_states() -> dict[str, Any]:

@@ -19,6 +19,7 @@ class RunConfig:
 
     folder: str = "runs/demo"
     seed: int = 0
+    timeout_minutes: float = 10.0  # a rank that is silent or stands still for so long ends the job
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class TrainConfig:
     """How long, how much at a time, and in which arithmetic."""
 
     global_batch_size: int = 512
-    micro_batch_size: int = 0  # a rank's share of a forward pass; 0: all of it at once
+    micro_batch_size: int = 0  # at most so many a rank in one pass; 0: all of its share at once
     epochs: float = 0.0  # give epochs or steps
     steps: int = 0
     loss: str = "clip"  # clip | siglip
@@ -95,8 +96,9 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is scored at the end of a run."""
+    """What is scored, and when; the checkpoint with the best mean score is kept."""
 
+    every_steps: int = 0  # 0: at the end of the run alone
     batch_size: int = 256
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
 
@@ -150,7 +152,7 @@ class ModelConfig:
     embed_dim: int = 512
     attention: str = "sdpa"  # sdpa | flash_attn | xformers
     init_logit_scale: float = 2.6592600369327783  # ln(1 / 0.07)
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = "none"  # none | activations | blocks: computed twice, not kept
     lock_image: bool = False  # LiT: the image tower's parameters stay as they are
     lock_text: bool = False
     weights: str = ""  # start from this checkpoint file
@@ -202,6 +204,7 @@ _CHOICES = {
     "data.interpolation": ("cubic", "linear"),
     "data.normalize": ("openai", "imagenet"),
     "model.attention": ("sdpa", "flash_attn", "xformers"),
+    "model.activation_checkpointing": ("none", "activations", "blocks"),
     "model.vision.activation": ("gelu", "quick_gelu"),
     "model.text.activation": ("gelu", "quick_gelu"),
     "model.text.pool": ("eot", "last"),
@@ -214,6 +217,7 @@ _CHOICES = {
 # under another value.
 RUNTIME_KEYS = (
     "run.folder",
+    "run.timeout_minutes",
     "data.reader_threads",
     "data.decode_threads",
     "data.prefetch",
@@ -413,6 +417,7 @@ def _check(config: Config, source: str) -> None:
         "data.max_pixels",
         "checkpoint.every_steps",
         "checkpoint.keep",
+        "run.timeout_minutes",
         "evaluation.batch_size",
         "log.every_steps",
         "optimizer.lr",

@@ -30,7 +30,7 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
             f"the next that does: {-(-batch // ranks.world_size) * ranks.world_size}"
         )
     local = batch // ranks.world_size
-    micro = micro or local
+    micro = min(micro or local, local)
     if local % micro:
         raise ValueError(
             f"train.micro_batch_size: {micro} does not divide the {local} samples of each of "

@@ -117,6 +117,10 @@ class Loader:
         """Samples of an epoch."""
         return len(self._reader)
 
+    def name(self, sample: int) -> tuple[str, str]:
+        """The shard and the key of a sample, given by its place in the list of all samples."""
+        return self._reader.name(sample)
+
     def mark_bad(self, samples: dict[int, str]) -> None:
         """Samples that another rank found bad: from now on they yield substitutes here too."""
         if samples:

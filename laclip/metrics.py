@@ -1,12 +1,23 @@
 """What a run reports while it goes: metrics.jsonl, TensorBoard, Weights & Biases, the console."""
 
+import errno
 import json
+import os
+import secrets
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print; where nobody reads any more (a closed pipe), go on without."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class MetricsWriter:
@@ -22,7 +33,7 @@ class MetricsWriter:
         text = "".join(json.dumps(record) + "\n" for record in kept)
         if not self.path.exists() or self.path.read_text() != text:
             self.path.write_text(text)
-        self._file = self.path.open("a", buffering=1)
+        self._file = self.path.open("ab", buffering=0)
         self._tensorboard = None
         self._wandb = None
         if tensorboard:
@@ -37,13 +48,27 @@ class MetricsWriter:
                     "log.wandb_project is set, but the package wandb is not installed. "
                     "Run: pip install 'laclip[wandb]'"
                 ) from None
+            identity = folder / "wandb_id"  # a run that goes on does so there, too
+            if not identity.exists():
+                identity.write_text(secrets.token_hex(4))
             self._wandb = wandb.init(
-                project=wandb_project, name=folder.name, dir=str(folder), resume="allow"
+                project=wandb_project,
+                name=folder.name,
+                dir=str(folder),
+                id=identity.read_text(),
+                resume="allow",
             )
 
     def write(self, record: dict[str, Any]) -> None:
         """record: `step` and numbers, or flat dictionaries of numbers."""
-        self._file.write(json.dumps(record) + "\n")
+        line = json.dumps(record).encode() + b"\n"
+        begin = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(begin)
+            say(f"\nlaclip: the metrics of step {record['step']} are lost: {error}")
         numbers: dict[str, Any] = {}
         for name, value in record.items():
             if isinstance(value, dict):
@@ -107,23 +132,24 @@ class Progress:
             return
         self._last = now
         left = (self.total_steps - step) * self._seconds_a_step
+        share = f"MFU {100 * record['mfu_padded']:.1f} %  " if "mfu_padded" in record else ""
         line = (
             f"step {step}/{self.total_steps}  "
             f"epoch {step * self.batch_size / self.samples_per_epoch:.2f}  "
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
             f"{self.batch_size / self._seconds_a_step:,.0f} images/s  "
-            f"data wait {100 * record['data_wait']:.1f} %  left {duration(left)}"
+            f"{share}data wait {100 * record['data_wait']:.1f} %  left {duration(left)}"
         )
         if self._terminal:
-            print("\r" + line.ljust(self._width), end="", flush=True)
+            say("\r" + line.ljust(self._width), end="")
             self._width = len(line)
         else:
-            print(line, flush=True)
+            say(line)
 
     def end_line(self) -> None:
         """Leave the line as it stands, so that other text may follow."""
         if self._terminal and self._width:
-            print(flush=True)
+            say("")
             self._width = 0
 
 

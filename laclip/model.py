@@ -18,13 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from laclip.attention import (
-    CAPTION_STEP,
-    Layout,
-    attend,
-    group_captions,
-    pack_captions,
-)
+from laclip.attention import CAPTION_STEP, Layout, attend, group_captions, pack_captions
 
 if TYPE_CHECKING:
     from laclip.config import ModelConfig, TextConfig, VisionConfig
@@ -35,10 +29,19 @@ ACTIVATIONS = ("gelu", "quick_gelu")
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalization that returns its input's dtype, under autocast too."""
+    """Layer normalization that returns its input's dtype, under autocast too.
+
+    On a GPU it computes in that dtype (with statistics and sums in fp32): autocast would widen the
+    input first, for five times the memory traffic and twice the memory kept for the backward pass.
+    A CPU sums the gradients of weight and bias in bf16, so there the input is widened.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).to(input.dtype)
+        dtype = input.dtype if input.is_cuda else self.weight.dtype
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            output = F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
+        return output.to(input.dtype)
 
 
 class Block(nn.Module):
@@ -61,6 +64,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
+        self.recompute = False
 
     def forward(self, x: Tensor, layout: Layout, pooled: Tensor | None = None) -> Tensor:
         q, k, v = self.before(x)
@@ -79,8 +83,12 @@ class Block(nn.Module):
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.attention_out(attended)
         hidden = self.mlp_in(self.norm2(x))
+        return x + (_again(self.end, hidden) if self.recompute else self.end(hidden))
+
+    def end(self, hidden: Tensor) -> Tensor:
+        """The end of the MLP; computed again, it need not keep the activation's output."""
         hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
-        return x + self.mlp_out(hidden)
+        return self.mlp_out(hidden)
 
 
 class Tower(nn.Module):
@@ -88,7 +96,7 @@ class Tower(nn.Module):
 
     def __init__(self, config: "VisionConfig | TextConfig", embed_dim: int, **attention):
         super().__init__()
-        self.activation_checkpointing = False
+        self.recompute = False
         self.blocks: Any = nn.ModuleList([Block(config, **attention) for _ in range(config.depth)])
         self.norm = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
@@ -96,10 +104,9 @@ class Tower(nn.Module):
 
     def transform(self, x: Tensor, layout: Layout, pooled: Tensor) -> Tensor:
         """Rows [rows, width] to the pooled rows [pooled, width], normalized, fp32."""
-        call: Any = self._checkpointed if self.activation_checkpointing else _plain
-        for block in self.blocks[:-1]:
-            x = call(block, x, layout)
-        x = call(self.blocks[-1], x, layout, pooled)
+        for block in self.blocks:
+            inputs = x, layout, pooled if block is self.blocks[-1] else None
+            x = _again(block, *inputs) if self.recompute else block(*inputs)
         with torch.autocast(x.device.type, enabled=False):
             return self.norm(x.to(self.norm.weight.dtype))
 
@@ -114,14 +121,12 @@ class Tower(nn.Module):
             features = F.normalize(self.projection(pooled), dim=-1)
         return features.to(_compute_dtype(features))
 
-    def _checkpointed(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False)
 
-
-def _plain(block: nn.Module, *inputs: Any) -> Tensor:
-    return block(*inputs)
+def _again(call: Any, *inputs: Any) -> Tensor:
+    """Calls, and for the backward pass calls again instead of keeping what the call computed."""
+    if torch.is_grad_enabled():
+        return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return call(*inputs)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -168,20 +173,23 @@ class VisionTransformer(Tower):
             )
         batch, side = len(images), self.image_size // self.patch_size
         patches = images.unflatten(3, (side, -1)).unflatten(2, (side, -1))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, self.patches, -1)
-        positions = self.positional_embedding[1:].expand(batch, -1, -1)
+        patches = patches.permute(0, 2, 4, 1, 3, 5)
+        # One pass over the images moves and rounds them.
+        patches = patches.to(_compute_dtype(images), memory_format=torch.contiguous_format)
+        patches = patches.reshape(batch, self.patches, -1)
+        positions = self.positional_embedding[1:].to(patches.dtype)
         if self.training and self.patch_dropout > 0:
             if sample_keys is None:
                 raise ValueError(
                     "model.vision.patch_dropout needs sample_keys in training, found None: pass "
                     "an int64 key for each sample, equal for equal draws"
                 )
-            kept = kept_patches(sample_keys, self.patches, self.patch_dropout)[:, :, None]
-            patches = patches.gather(1, kept.expand(-1, -1, patches.shape[2]))
-            positions = positions.gather(1, kept.expand(-1, -1, positions.shape[2]))
-        x = self.patch_embedding(patches)
-        first = (self.class_embedding + self.positional_embedding[0]).expand(batch, 1, -1)
-        x = torch.cat([first.to(x.dtype), x + positions.to(x.dtype)], dim=1)
+            kept = kept_patches(sample_keys, self.patches, self.patch_dropout)
+            patches = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2]))
+            positions = F.embedding(kept, positions)
+        x = self.patch_embedding(patches) + positions
+        first = (self.class_embedding + self.positional_embedding[0]).to(x.dtype)
+        x = torch.cat([first.expand(batch, 1, -1), x], dim=1)
         tokens = x.shape[1]
         if self.norm_pre is not None:
             x = self.norm_pre(x)
@@ -228,13 +236,16 @@ class TextTransformer(Tower):
                 rows, pooled, layout = group_captions(counts.lengths, counts.histogram, tokens)
             else:
                 rows, pooled, layout = pack_captions(counts.lengths, tokens, self.backend)
-            rows, pooled = (t.to(device, non_blocking=True) for t in (rows, pooled))
         else:
-            rows = torch.arange(captions * tokens, device=device)
-            pooled = torch.arange(tokens - 1, captions * tokens, tokens, device=device)
+            rows = torch.arange(captions * tokens, device=token_ids.device)
+            pooled = torch.arange(tokens - 1, captions * tokens, tokens, device=token_ids.device)
             layout = Layout(((captions, tokens),))
-        ids = token_ids.to(device, non_blocking=True).flatten()[rows]
-        x = self.token_embedding(ids) + F.embedding(rows % tokens, self.positional_embedding)
+        if isinstance(layout.bounds, Tensor):
+            layout = layout._replace(bounds=to_device(layout.bounds, device))
+        pooled, ids, places = (
+            to_device(t, device) for t in (pooled, token_ids.flatten()[rows], rows % tokens)
+        )
+        x = self.token_embedding(ids) + F.embedding(places, self.positional_embedding)
         return self.project(self.transform(x.to(_compute_dtype(x)), layout, pooled))
 
     def measure(self, token_ids: Tensor) -> "CaptionCounts":
@@ -265,6 +276,13 @@ class TextTransformer(Tower):
 class CaptionCounts(NamedTuple):
     lengths: Tensor  # [captions] int64
     histogram: list[int]  # captions with a length of up to 8, 16, 24, ...
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copies to an accelerator without waiting for what it computes: that takes pinned memory."""
+    if host.device.type == "cpu" and device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def kept_patches(sample_keys: Tensor, patches: int, dropout: float) -> Tensor:
@@ -367,7 +385,9 @@ def build_model(
     if siglip:
         model.logit_bias = nn.Parameter(torch.full([1], -10.0))
     for tower, locked in ((image, config.lock_image), (text, config.lock_text)):
-        tower.activation_checkpointing = config.activation_checkpointing
+        tower.recompute = config.activation_checkpointing == "blocks"
+        for block in tower.blocks:
+            block.recompute = config.activation_checkpointing == "activations"
         tower.requires_grad_(not locked)
     return model
 
@@ -408,31 +428,12 @@ def check_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> None
             f"model.attention: found {config.attention!r}, expected one of "
             f"{', '.join(ATTENTION_PACKAGES)}"
         )
-    package = ATTENTION_PACKAGES[config.attention]
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(ATTENTION_PACKAGES[config.attention]) is None:
         extra = config.attention.replace("_", "-")
         raise ValueError(
             f"model.attention: {config.attention!r} needs the package {extra}, which is not "
             f'installed. Run: pip install "laclip[{extra}]", or set model.attention = "sdpa"'
         )
-
-
-def training_flops(config: "ModelConfig", caption_tokens: float | None = None) -> float:
-    """FLOPs of the forward and backward pass of one pair, counted as the originals compute it.
-
-    A linear layer costs 2 FLOPs a weight and row, attention 4 * tokens^2 * width a layer (causal or
-    not); the backward pass costs twice the forward. What this model saves (padding, the last
-    block's rows) is not taken off: MFU stays comparable. caption_tokens: the mean length of
-    captions for real tokens; None counts padded ones.
-    """
-    vision, text = config.vision, config.text
-    patches = (vision.image_size // vision.patch_size) ** 2
-    forward: float = 2 * patches * 3 * vision.patch_size**2 * vision.width
-    tokens = text.context_length if caption_tokens is None else caption_tokens
-    for tower, rows in ((vision, patches + 1), (text, tokens)):
-        layer = (8 + 4 * tower.mlp_ratio) * rows * tower.width**2 + 4 * rows**2 * tower.width
-        forward += tower.depth * layer + 2 * tower.width * config.embed_dim
-    return 3 * forward
 
 
 def compile_blocks(model: CLIP) -> None:

@@ -3,11 +3,16 @@
 import functools
 import os
 import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+class JointError(ValueError):
+    """A mistake that every rank has found or been told of: one of them reports it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,21 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def start_sum(counts: Sequence[int]) -> Callable[[], list[int]]:
+    """Start to sum whole numbers over the ranks, over the CPU, under whatever runs next.
+
+    Call what is returned for the sums. Every rank gives as many numbers.
+    """
+    numbers = torch.tensor(counts, dtype=torch.int64)
+    work = dist.all_reduce(numbers, group=control_group(), async_op=True)
+
+    def finish() -> list[int]:
+        work.wait()
+        return numbers.tolist()
+
+    return finish
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """All ranks' rows in the order of the ranks; their numbers may differ. `[n, ...]`."""
     counts = gather_objects(len(rows))
@@ -77,10 +97,8 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def raise_on_all(error: BaseException | None, what: str) -> None:
-    """Raise on every rank if any rank failed: its own error there, RuntimeError elsewhere."""
+    """Raise JointError on every rank if any rank failed."""
     failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            raise RuntimeError(f"{what} failed on rank {rank}: {failure}")
+            raise JointError(f"{what} failed on rank {rank}: {failure}") from error

@@ -31,6 +31,7 @@ pre { overflow: auto; border-radius: 6px; font-size: .8rem } .caption { font-wei
 _CURVES = (  # key of the metrics, title, whether one value a step is too noisy to read
     ("loss", "Loss", True),
     ("images_per_second", "Images a second", True),
+    ("mfu_padded", "Share of the GPU's peak (MFU, padded captions)", True),
     ("lr", "Learning rate", False),
     ("logit_scale", "Logit scale", False),
     ("gradient_norm", "Gradient norm", True),
@@ -74,7 +75,7 @@ def render_report(folder: Path) -> str:
     if scores:
         parts += ["<h2>Held-out scores</h2>", _score_table(scores)]
     if len(records) > 1:
-        figures = "".join(_curve(records, *curve) for curve in _CURVES)
+        figures = "".join(_curve(records, *curve) for curve in _CURVES if curve[0] in records[-1])
         parts += ["<h2>Training</h2>", f"<div class=curves>{figures}</div>"]
         shares = records[-1].get("variants")
         if shares:
@@ -141,6 +142,7 @@ def _variant_table(records: list[dict]) -> str:
 def _curve(records: list[dict], key: str, title: str, noisy: bool) -> str:
     from matplotlib.figure import Figure
 
+    records = [record for record in records if key in record]
     steps = [record["step"] for record in records]
     values = [record[key] for record in records]
     figure = Figure(figsize=(4.2, 2.6), layout="constrained")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from laclip.config import Config, differences, dump_config, load_config
-from laclip.parallel import Ranks, from_first
+from laclip.metrics import say
+from laclip.parallel import JointError, Ranks, from_first
 
 
 def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> Any:
@@ -20,11 +21,13 @@ def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> An
     if ranks.is_first:
         try:
             lock = open_folder(folder, config, resume)
-        except (ValueError, OSError) as failure:
+        except ValueError as failure:
             error = str(failure)
+        except OSError as failure:
+            error = f"run.folder: '{folder}' cannot be used: {failure}"
     error = from_first(error)
     if error is not None:
-        raise ValueError(error)
+        raise JointError(error)
     return lock
 
 
@@ -65,8 +68,12 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
 
 
 def write_status(folder: Path, state: str, step: int | None, reason: str = "") -> None:
+    """Write status.json whole; a disk that is full costs the news, not the run."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"state": state, "step": step, "reason": reason, "time": now}
     temporary = folder / "status.json.partial"
-    temporary.write_text(json.dumps(content) + "\n")
-    temporary.rename(folder / "status.json")
+    try:
+        temporary.write_text(json.dumps(content) + "\n")
+        temporary.rename(folder / "status.json")
+    except OSError as error:
+        say(f"\nlaclip: '{folder / 'status.json'}' could not be written: {error}")

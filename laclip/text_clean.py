@@ -53,6 +53,20 @@ def split_words(text):
     return _libraries()[3].findall(text)
 
 
+def resolve_entities(text):
+    """The text with entities resolved as ftfy does, where its cleaning stays the same if what is
+    given back needs none; else the text itself.
+
+    ftfy's fix_text resolves them first of all and goes on from there, so a text without any in
+    their place is a step of the same way, unless a `<`, which makes it leave entities alone, or a
+    cut of its (at a million characters) comes between.
+    """
+    if "<" in text or len(text) >= 1_000_000:
+        return text
+    resolved = _libraries()[0].fixes.unescape_html(text)
+    return text if "<" in resolved else resolved
+
+
 # --- What ftfy.badness calls mojibake takes, but for a few characters that stand alone, two
 # neighbours beyond ASCII. The characters of its pattern fall into these groups, and a text where
 # no two neighbours stand in SUSPICIOUS is not mojibake (tests/test_tokenizer_clean.py proves it

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import laclip._native as _native
-from laclip.text_clean import character_table, clean_text, split_words
+from laclip.text_clean import character_table, clean_text, resolve_entities, split_words
 
 VOCABULARY = Path(__file__).parent / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -86,15 +86,7 @@ class Tokenizer:
         """
         texts = _as_strings(texts)
         out = _rows(len(texts), context_length, num_threads, out)
-        unclean = self._bpe.encode_padded(self._table, texts, False, out, num_threads)
-        if len(unclean):
-            rows = np.empty((len(unclean), context_length), np.int32)
-            rest = tuple(texts[i] for i in unclean.tolist())
-            if self._make_table():
-                self.encode_batch(rest, context_length, num_threads, rows)
-            else:
-                self._bpe.encode_padded(None, _joined_words(rest), True, rows, num_threads)
-            out[unclean] = rows
+        self._encode_padded(texts, self._first_form(), out, num_threads)
         return out
 
     def encode_ragged(self, texts, num_threads=1, max_tokens=None):
@@ -107,33 +99,47 @@ class Tokenizer:
         texts = _as_strings(texts)
         _check_limits(num_threads, max_tokens)
         max_tokens = 2**62 if max_tokens is None else max_tokens
-        tokens, lengths, unclean = self._bpe.encode_ragged(
-            self._table, texts, False, max_tokens, num_threads
-        )
+        tokens, lengths = self._encode_ragged(texts, self._first_form(), max_tokens, num_threads)
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        if len(unclean):
-            rest = tuple(texts[i] for i in unclean.tolist())
-            if self._make_table():
-                inserted, inserted_offsets = self.encode_ragged(rest, num_threads, max_tokens)
-                inserted_lengths = np.diff(inserted_offsets)
-            else:
-                inserted, inserted_lengths, _ = self._bpe.encode_ragged(
-                    None, _joined_words(rest), True, max_tokens, num_threads
-                )
-            tokens = np.insert(tokens, np.repeat(offsets[unclean], inserted_lengths), inserted)
-            lengths[unclean] = inserted_lengths
-            np.cumsum(lengths, out=offsets[1:])
         return tokens, offsets
 
-    def _make_table(self):
-        """True where this call made the table, so that another try may need less cleaning."""
-        if self._table_made:
-            return False
-        arrays = character_table()
-        self._table = None if arrays is None else _native.CharacterTable(*arrays)
-        self._table_made = True
-        return self._table is not None
+    # A text that C++ cannot clean comes back in the next form: as it is, as it is with the table
+    # of characters, with its entities resolved, as the words that the slow path makes of it.
+    def _first_form(self):
+        return 1 if self._table_made else 0
+
+    def _in_form(self, texts, form):
+        """(table, texts, whether these are words): what C++ is given."""
+        if form == 1 and not self._table_made:
+            arrays = character_table()
+            self._table = None if arrays is None else _native.CharacterTable(*arrays)
+            self._table_made = True
+        if form == 2 and self._table is not None:
+            texts = tuple(map(resolve_entities, texts))
+        return (self._table, texts, False) if form < 3 else (None, _joined_words(texts), True)
+
+    def _encode_padded(self, texts, form, out, num_threads):
+        table, given, words = self._in_form(texts, form)
+        unclean = self._bpe.encode_padded(table, given, words, out, num_threads)
+        if len(unclean):
+            rows = np.empty((len(unclean), out.shape[1]), np.int32)
+            rest = tuple(texts[i] for i in unclean.tolist())
+            self._encode_padded(rest, form + 1, rows, num_threads)
+            out[unclean] = rows
+
+    def _encode_ragged(self, texts, form, max_tokens, num_threads):
+        table, given, words = self._in_form(texts, form)
+        tokens, lengths, unclean = self._bpe.encode_ragged(
+            table, given, words, max_tokens, num_threads
+        )
+        if len(unclean):
+            rest = tuple(texts[i] for i in unclean.tolist())
+            inserted, counts = self._encode_ragged(rest, form + 1, max_tokens, num_threads)
+            places = np.cumsum(lengths)[unclean]  # a text to clean has no tokens yet
+            tokens = np.insert(tokens, np.repeat(places, counts), inserted)
+            lengths[unclean] = counts
+        return tokens, lengths
 
     def decode(self, ids):
         """The text of ids, cleaned as it was: lower case, a space after each word. Bytes that are

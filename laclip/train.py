@@ -19,27 +19,32 @@ import torch
 import torch.distributed as dist
 
 from laclip.checkpoint import (
+    best_score,
+    fit_checkpoint,
     load_checkpoint,
     newest_checkpoint,
+    newest_step,
     prune_checkpoints,
     save_checkpoint,
 )
 from laclip.config import Config, load_config
-from laclip.dataset import open_dataset
+from laclip.dataset import Dataset, open_dataset
 from laclip.engine_settings import engine_settings
 from laclip.evaluation import evaluate
-from laclip.kernels import clip_loss, siglip_loss
+from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
-from laclip.metrics import MetricsWriter, Progress, duration, variant_shares
+from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
 from laclip.model import CLIP, build_model, compile_blocks, load_weights
 from laclip.optimizer import build_optimizer, learning_rate
-from laclip.parallel import Ranks, find_ranks, from_first, gather_objects
+from laclip.parallel import JointError, Ranks, find_ranks, gather_objects, start_sum
 from laclip.report import write_report
 from laclip.run_folder import claim_folder, write_status
 from laclip.tokenizer import Tokenizer, load_tokenizer
+from laclip.train_step import train_step
+from laclip.watchdog import Watchdog
 
-TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer for the others gives up
-stop_reasons: list[str] = []  # set by signals, agreed upon by all ranks after each step
+STOPS = ("stopped by SIGINT", "stopped by SIGTERM", "stopped: its launcher is gone")
+stops: set[str] = set()  # what this rank was asked; all ranks agree on it in every step
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -69,10 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     ranks = find_ranks()
     try:
         train(read_config(args), Path(args.deepspeed_config), ranks, resume=bool(args.resume))
-        dist.barrier()  # a rank that leaves while others still talk to it can take them down
     except (ValueError, FileNotFoundError, DataError) as error:
-        # Before the ranks are connected all of them find the same mistake: one reports it.
-        if ranks.is_first or dist.is_initialized():
+        # Before the ranks are connected each node reports; then the first rank hears of it.
+        if ranks.is_first or (ranks.local_rank == 0 and not dist.is_initialized()):
             print(f"\nlaclip: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
@@ -98,20 +102,56 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     if not config.data.train:
         raise ValueError("data.train: no dataset given. Set it to a dataset's folder, or several")
     datasets = [open_dataset(path) for path in config.data.train]
-    variants = max((dataset.variants for dataset in datasets), key=len)
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
     torch.manual_seed(config.run.seed)
     model = build_model(
         config.model, tokenizer.vocab_size, tokenizer.eot_token, config.train.loss == "siglip"
     )
     if config.model.weights:
         load_weights(model, config.model.weights)
+    connect(config, ranks)
+    catch_signals()
+    folder = Path(config.run.folder)
+    _lock = claim_folder(folder, config, ranks, resume)
 
+    def give_up(reason: str, report: bool) -> None:
+        """In the watchdog's thread, as the main one may wait for a rank that is no more."""
+        if report:
+            os.write(2, f"\nlaclip: {reason}; the job ends\n".encode())
+            write_status(folder, "resumable", newest_step(folder / "checkpoints"), reason)
+        os._exit(1)
+
+    def orphaned() -> None:
+        stops.add(STOPS[2])
+
+    with Watchdog(ranks, 60 * config.run.timeout_minutes, give_up, orphaned) as watchdog:
+        try:
+            stopped = run(config, settings, ranks, model, tokenizer, datasets, watchdog)
+        except (JointError, DataError) as error:
+            if ranks.is_first:
+                step = newest_step(folder / "checkpoints")
+                write_status(folder, "resumable", step, str(error))
+            raise
+        if stopped and ranks.is_first:
+            say(
+                f"laclip: {stopped} in '{folder}'. To go on: deepspeed laclip/train.py "
+                f"--deepspeed_config {deepspeed_json} --resume {folder}"
+            )
+        dist.barrier()  # a rank that leaves while others still talk to it can take them down
+
+
+def connect(config: Config, ranks: Ranks) -> None:
+    """Connect the ranks through DeepSpeed."""
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         built = Path(sys.prefix) / "torch_extensions"  # by requirements/build_deepspeed_op.py
         if built.is_dir():
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
+        lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm_op" / "lock"
+        if lock.exists() and time.time() - lock.stat().st_mtime > 600:
+            raise ValueError(
+                f"'{lock}' is what a killed build of DeepSpeed's operator left: no build takes ten "
+                f"minutes, and every start would wait for it. Run: rm '{lock}'"
+            )
         if "OMP_NUM_THREADS" not in os.environ:
             here = int(os.environ.get("LOCAL_SIZE", ranks.world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
@@ -120,20 +160,17 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     import deepspeed  # slow to import: mistakes are reported before
 
     deepspeed.init_distributed(
-        "nccl" if ranks.device.type == "cuda" else "gloo", timeout=TIMEOUT, verbose=False
+        "nccl" if ranks.device.type == "cuda" else "gloo",
+        # Longer than the watchdog's, which knows the reason.
+        timeout=datetime.timedelta(minutes=config.run.timeout_minutes + 1),
+        verbose=False,
     )
-    catch_signals()
-    folder = Path(config.run.folder)
-    _lock = claim_folder(folder, config, ranks, resume)
-    found = newest_checkpoint(folder / "checkpoints", ranks)
-    state: dict[str, Any] = found[1] if found else {"step": 0, "bad_samples": []}
-    fingerprints = [dataset.fingerprint for dataset in datasets]
-    if found and state["datasets"] != fingerprints:
-        raise ValueError(
-            f"'{found[0]}' was trained on other data: its datasets have the fingerprints "
-            f"{state['datasets']}, {list(config.data.train)} have {fingerprints}. Restore the "
-            "datasets, or start a new run with --set run.folder=..."
-        )
+
+
+def start_engine(model: CLIP, config: Config, settings: dict[str, Any], ranks: Ranks) -> Any:
+    """The model under DeepSpeed's engine, with its optimizer."""
+    import deepspeed
+
     model.to(ranks.device)
     if config.train.precision != "fp32":
         # Under autocast inside the engine parameters stay fp32, logit_scale among them: the
@@ -151,9 +188,38 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         layer_decay=config.optimizer.layer_decay,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    if found:
-        load_checkpoint(engine, *found, ranks)
+    return engine
 
+
+def run(
+    config: Config,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    model: CLIP,
+    tokenizer: Tokenizer,
+    datasets: list[Dataset],
+    watchdog: Watchdog,
+) -> str:
+    """Train to the end ("" is returned) or until a stop is asked for (its reason)."""
+    folder = Path(config.run.folder)
+    checkpoints = folder / "checkpoints"
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    found = newest_checkpoint(checkpoints, ranks)
+    state: dict[str, Any] = found[1] if found else {"step": 0, "bad_samples": []}
+    fingerprints = [dataset.fingerprint for dataset in datasets]
+    if found and state["datasets"] != fingerprints:
+        raise JointError(
+            f"'{found[0]}' was trained on other data: its datasets have the fingerprints "
+            f"{state['datasets']}, {list(config.data.train)} have {fingerprints}. Restore the "
+            "datasets, or start a new run with --set run.folder=..."
+        )
+    if found:
+        with fit_checkpoint(*found, stage, ranks) as source:
+            settings["checkpoint"] = {"load_universal": source != found[0]}
+            engine = start_engine(model, config, settings, ranks)
+            load_checkpoint(engine, source, *found, ranks)
+    else:
+        engine = start_engine(model, config, settings, ranks)
     loader = Loader(
         datasets,
         config.data,
@@ -170,25 +236,26 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         bad_samples=state["bad_samples"],
         bad_log=folder / "bad_samples.jsonl",
     )
+    variants = max((dataset.variants for dataset in datasets), key=len)
     batch_size = config.train.global_batch_size
     total_steps = config.train.steps or round(config.train.epochs * loader.num_samples / batch_size)
     warmup_steps = config.optimizer.warmup_steps or round(
         config.optimizer.warmup_epochs * loader.num_samples / batch_size
     )
     if total_steps < 1:
-        raise ValueError(
+        raise JointError(
             f"train.epochs, train.steps: {loader.num_samples} samples in batches of {batch_size} "
             f"for {config.train.epochs:g} epochs make no step. Give more of either"
         )
-    step = state["step"]
+    step = saved_step = state["step"]
+    best = best_score(checkpoints)
     if ranks.is_first:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        print(
+        say(
             f"laclip: {parameters / 1e6:.1f} M parameters, {loader.num_samples:,} samples with "
             f"{len(variants)} captions each, {total_steps} steps of {batch_size} on "
             f"{ranks.world_size} {ranks.device.type.upper()} rank(s), ZeRO-{stage}, "
-            f"{config.train.precision}" + (f"; going on at step {step}" if found else ""),
-            flush=True,
+            f"{config.train.precision}" + (f"; going on at step {step}" if found else "")
         )
         writer = MetricsWriter(
             folder,
@@ -198,20 +265,25 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         )
         progress = Progress(total_steps, loader.num_samples, batch_size)
 
-    def save() -> None:
-        bad = sorted({sample for part in gather_objects(loader.bad_samples) for sample in part})
-        content = {"step": step, "datasets": fingerprints, "bad_samples": bad}
-        save_checkpoint(engine, folder / "checkpoints", content, ranks)
-        if ranks.is_first:
-            prune_checkpoints(folder / "checkpoints", config.checkpoint.keep)
-            write_status(folder, "running", step)
-
     stopped = ""
-    saved_at, saved_step = time.monotonic(), step
+    saved_at = time.monotonic()
     skipped = 0
-    while step < total_steps:
+    while step < total_steps and not stopped:
         begin = time.perf_counter()
+        watchdog.doing(f"loading batch {step}")
         batch = next(loader)
+        watchdog.doing(f"in step {step}")
+        found_bad = loader.take_new_bad_samples()
+        minutes = (time.monotonic() - saved_at) / 60
+        agreed = start_sum(
+            [
+                *(reason in stops for reason in STOPS),
+                ranks.is_first and 0 < config.checkpoint.every_minutes <= minutes,
+                len(found_bad),
+                batch.substitutes,
+                *np.bincount(batch.drawn_variants, minlength=len(variants)),
+            ]
+        )
         rate = learning_rate(
             step,
             peak=config.optimizer.lr,
@@ -222,139 +294,127 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         )
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        loss, logit_scale, norm, finite = train_step(engine, batch, config, ranks, stage)
-        skipped = 0 if finite else skipped + 1
-        news = gather_objects(
-            (
-                loader.take_new_bad_samples(),
-                (stop_reasons or [""])[0],
-                batch.substitutes,
-                np.bincount(batch.drawn_variants, minlength=len(variants)),
-            )
-        )
-        for found_bad, reason, *_ in news:
-            loader.mark_bad(found_bad)
-            stopped = stopped or reason
+        result = train_step(engine, batch, config, ranks, stage)
+        *asked, timed, new_bad, substitutes = (counts := agreed())[: len(STOPS) + 3]
+        stopped = next((reason for reason, ranks_asked in zip(STOPS, asked) if ranks_asked), "")
+        if new_bad:
+            for samples in gather_objects(found_bad):
+                loader.mark_bad(samples)
         seconds = time.perf_counter() - begin
-        if ranks.is_first and (step % config.log.every_steps == 0 or step + 1 == total_steps):
+        if not result.applied:
+            log_skipped(folder, step, result.numbers()[0], batch, loader, ranks)
+        skipped = 0 if result.applied else skipped + 1
+        scores: dict[str, dict[str, float]] = {}
+        every = config.evaluation.every_steps
+        if every and (step + 1) % every == 0 and step + 1 < total_steps:
+            scores, _ = score_tasks(engine, config, tokenizer, ranks, watchdog)
+        last = step + 1 == total_steps
+        if ranks.is_first and (step % config.log.every_steps == 0 or last or scores):
+            loss, logit_scale = result.numbers()
             record = {
                 "step": step,
                 "loss": loss,
                 "lr": rate,
                 "logit_scale": logit_scale,
-                "gradient_norm": norm,
+                "gradient_norm": result.gradient_norm(),
                 "images_per_second": batch_size / seconds,
                 "data_wait": batch.wait_seconds / seconds,
-                "substitutes": sum(count for _, _, count, _ in news),
+                "substitutes": substitutes,
                 "bad_samples": len(loader.bad_samples),
-                "variants": variant_shares(variants, sum(drawn for *_, drawn in news)),
+                "variants": variant_shares(variants, np.array(counts[len(STOPS) + 3 :])),
                 "memory_mib": peak_memory_mib(ranks),
+                **utilization(
+                    config.model,
+                    batch.token_ids,
+                    tokenizer.eot_token,
+                    batch_size / seconds / ranks.world_size,
+                    ranks.device,
+                ),
             }
-            if not finite:
+            if not result.applied:
                 record["skipped"] = True
+            if scores:
+                record["scores"] = {name: main_score(score) for name, score in scores.items()}
             writer.write(record)
             progress.show(step + 1, record)
         step += 1
         if skipped >= config.train.max_skipped_steps:
-            raise DataError(
-                f"train.max_skipped_steps: the loss was not finite in {skipped} steps in a row, "
-                f"the last one step {step - 1}. Lower optimizer.lr or lengthen the warm-up"
+            raise JointError(
+                f"train.max_skipped_steps: the loss or its gradients were not finite in {skipped} "
+                f"steps in a row, the last one step {step - 1} (their samples: "
+                f"'{folder / 'skipped_steps.jsonl'}'). Lower optimizer.lr or lengthen the warm-up"
             )
-        minutes = (time.monotonic() - saved_at) / 60
-        timed = config.checkpoint.every_minutes > 0 and minutes >= config.checkpoint.every_minutes
+        score = sum(map(main_score, scores.values())) / len(scores) if scores else None
         due = step % config.checkpoint.every_steps == 0 or step == total_steps
-        if due or stopped or from_first(timed):
-            save()
-            saved_at, saved_step = time.monotonic(), step
-        if stopped:
-            break
+        if due or timed or stopped or (score is not None and score > best):
+            watchdog.doing(f"saving step {step}")
+            bad = {sample for part in gather_objects(loader.bad_samples) for sample in part}
+            content = {"step": step, "datasets": fingerprints, "bad_samples": sorted(bad)}
+            saved_at = time.monotonic()
+            try:
+                save_checkpoint(engine, checkpoints, {**content, "score": score}, stage, ranks)
+            except JointError as error:
+                if ranks.is_first:
+                    say(f"\nlaclip: {error}. The run goes on, older checkpoints stay")
+            else:
+                saved_step, best = step, best if score is None else max(best, score)
+                if ranks.is_first:
+                    prune_checkpoints(checkpoints, config.checkpoint.keep)
+                    write_status(folder, "running", step)
     if ranks.is_first:
         progress.end_line()
         writer.close()
     if stopped and step < total_steps:
         if ranks.is_first:
             write_status(folder, "resumable", saved_step, stopped)
-            print(
-                f"laclip: {stopped}: saved step {saved_step} of {total_steps} in '{folder}'. To go "
-                f"on: deepspeed laclip/train.py --deepspeed_config {deepspeed_json} --resume "
-                f"{folder}",
-                flush=True,
-            )
-        return
-    finish(engine, model, config, tokenizer, ranks, stage, folder, step)
+        return f"{stopped}: saved step {saved_step} of {total_steps}"
+    finish(engine, model, config, tokenizer, ranks, stage, watchdog, step)
+    return ""
 
 
-def train_step(
-    engine: Any, batch: LoadedBatch, config: Config, ranks: Ranks, stage: int
-) -> tuple[float, float, float, bool]:
-    """One update: (loss, logit_scale, gradient norm, whether all ranks' losses were finite)."""
-    group = dist.group.WORLD if ranks.world_size > 1 else None
-    options = {"group": group, "implementation": config.train.loss_implementation}
-    tokens = batch.token_ids
-    keys = torch.from_numpy(batch.samples.view("int64")).to(ranks.device) ^ batch.index
-    size = config.train.micro_batch_size or len(batch.images)
-    parts = [slice(i, i + size) for i in range(0, len(batch.images), size)]
+def log_skipped(
+    folder: Path, step: int, loss: float, batch: LoadedBatch, loader: Loader, ranks: Ranks
+) -> None:
+    """Append a skipped step to skipped_steps.jsonl, with the shard and key of its samples."""
+    names = gather_objects([loader.name(int(sample)) for sample in batch.samples])
+    if ranks.is_first:
+        record = {"step": step, "loss": loss, "samples": [name for part in names for name in part]}
+        try:
+            with (folder / "skipped_steps.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            say(f"\nlaclip: the samples of the skipped step {step} are lost: {error}")
 
-    def forward(part: slice) -> tuple[torch.Tensor, ...]:
-        return engine(batch.images[part], tokens[..., part, :], keys[part])
 
-    def loss_of(images: torch.Tensor, texts: torch.Tensor, *scale: torch.Tensor) -> torch.Tensor:
-        if config.train.loss == "siglip":
-            return siglip_loss(images, texts, *scale, **options)
-        return clip_loss(
-            images, texts, *scale, label_smoothing=config.train.label_smoothing, **options
+def score_tasks(
+    engine: Any, config: Config, tokenizer: Tokenizer, ranks: Ranks, watchdog: Watchdog
+) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
+    """The scores of the held-out tasks, and examples of each."""
+    scores, examples = {}, {}
+
+    def encode(inputs: tuple[torch.Tensor | None, ...], output: int) -> torch.Tensor:
+        watchdog.doing("scoring held-out data")
+        return engine(*inputs)[output]
+
+    engine.eval()
+    for name, task in config.evaluation.tasks.items():
+        scores[name], examples[name] = evaluate(
+            task,
+            lambda images: encode((images, None), 0),
+            lambda token_ids: encode((None, token_ids), 1),
+            tokenizer,
+            config.data,
+            image_size=config.model.vision.image_size,
+            context_length=config.model.text.context_length,
+            batch_size=config.evaluation.batch_size,
+            ranks=ranks,
         )
-
-    if len(parts) == 1:
-        outputs = forward(parts[0])
-        loss = loss_of(*outputs)
-        logit_scale = outputs[2]
-    else:
-        # Feature caching: the features of all micro-batches first, one loss over all of them,
-        # then the backward micro-batch by micro-batch: exactly the gradients of the large batch.
-        with torch.no_grad():
-            cached = [forward(part) for part in parts]
-        leaves = [
-            torch.cat([outputs[0] for outputs in cached]),
-            torch.cat([outputs[1] for outputs in cached], dim=-2),
-            *cached[0][2:],
-        ]
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        loss = loss_of(*leaves)
-        logit_scale = leaves[2]
-    number = loss.detach().float().reshape(1).clone()
-    dist.all_reduce(number)
-    mean_loss = number.item() / ranks.world_size
-    if not torch.isfinite(number).all():
-        return mean_loss, logit_scale.item(), float("nan"), False
-    if len(parts) == 1:
-        engine.backward(loss)
-        norm = gradient_norm_before_step(engine, stage)
-        engine.step()
-    else:
-        loss.backward()
-        gradients: list[Any] = [leaf.grad for leaf in leaves]
-        image_gradient, text_gradient, *scale_gradients = gradients
-        for part in parts:
-            images, texts, *scales = forward(part)
-            surrogate = (images * image_gradient[part]).sum()
-            surrogate = surrogate + (texts * text_gradient[..., part, :]).sum()
-            for scale, gradient in zip(scales, scale_gradients):
-                surrogate = surrogate + scale * gradient / len(parts)
-            engine.backward(surrogate, scale_wrt_gas=False)
-            norm = gradient_norm_before_step(engine, stage)
-            engine.step()
-    if norm is None:
-        norm = float(engine.get_global_grad_norm())
-    return mean_loss, logit_scale.item(), norm, True
+    engine.train()
+    return scores, examples
 
 
-def gradient_norm_before_step(engine: Any, stage: int) -> float | None:
-    """Plain data parallelism keeps no norm: it is taken from the averaged gradients."""
-    if stage > 0 or not engine.is_gradient_accumulation_boundary():
-        return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients).item()
+def main_score(score: dict[str, float]) -> float:
+    return score["recall_at_1"] if "recall_at_1" in score else score["top1"]
 
 
 def finish(
@@ -364,33 +424,21 @@ def finish(
     tokenizer: Tokenizer,
     ranks: Ranks,
     stage: int,
-    folder: Path,
+    watchdog: Watchdog,
     step: int,
 ) -> None:
     """Write the weights, score the held-out sets, write the report."""
     import deepspeed
 
+    folder = Path(config.run.folder)
+    watchdog.doing("writing the weights")
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         if ranks.is_first:
-            torch.save(
-                {name: p.detach().cpu() for name, p in model.state_dict().items()},
-                folder / "model.pt",
-            )
-    engine.eval()
-    scores, examples = {}, {}
+            weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
+            torch.save(weights, folder / "model.pt.partial")
+            (folder / "model.pt.partial").rename(folder / "model.pt")
     begin = time.perf_counter()
-    for name, task in config.evaluation.tasks.items():
-        scores[name], examples[name] = evaluate(
-            task,
-            lambda images: engine(images, None)[0],
-            lambda token_ids: engine(None, token_ids)[1],
-            tokenizer,
-            config.data,
-            image_size=config.model.vision.image_size,
-            context_length=config.model.text.context_length,
-            batch_size=config.evaluation.batch_size,
-            ranks=ranks,
-        )
+    scores, examples = score_tasks(engine, config, tokenizer, ranks, watchdog)
     if not ranks.is_first:
         return
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
@@ -398,9 +446,9 @@ def finish(
     write_status(folder, "finished", step)
     page = write_report(folder)
     if scores:
-        print(f"laclip: held-out scores ({duration(time.perf_counter() - begin)})")
-        print(score_table(scores))
-    print(f"laclip: weights, scores and report in '{folder}'; open {page}", flush=True)
+        say(f"laclip: held-out scores ({duration(time.perf_counter() - begin)})")
+        say(score_table(scores))
+    say(f"laclip: weights, scores and report in '{folder}'; open {page}")
 
 
 def score_table(scores: dict[str, dict[str, float]]) -> str:
@@ -420,7 +468,7 @@ def catch_signals() -> None:
     """The first SIGINT or SIGTERM asks for a checkpoint and an end; more of them change nothing."""
 
     def remember(number: int, _frame: Any) -> None:
-        stop_reasons.append(f"stopped by {signal.Signals(number).name}")
+        stops.add(f"stopped by {signal.Signals(number).name}")
 
     signal.signal(signal.SIGINT, remember)
     signal.signal(signal.SIGTERM, remember)

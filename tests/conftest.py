@@ -1,14 +1,17 @@
 """Fixtures shared by several test files."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))  # engine_ranks and train_job, which several tests share
 EMOJI = ROOT / "examples" / "emoji"
 
 
@@ -18,6 +21,37 @@ def emoji_copy(tmp_path):
     folder = tmp_path / "train"
     shutil.copytree(EMOJI / "train", folder)
     return folder
+
+
+def install(pins):
+    """The folder with the packages of a file of pins, which are installed beside the environment
+    on first use."""
+    spec = importlib.util.spec_from_file_location("oracles", ROOT / "requirements" / "oracles.py")
+    oracles = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(oracles)
+    oracles.PINS = ROOT / "tests" / "data" / pins
+    return oracles.install()
+
+
+@pytest.fixture(scope="session")
+def packages():
+    """The folder with transformers and a small language model."""
+    return install("rewrite_packages.txt")
+
+
+@pytest.fixture(scope="session")
+def environment(packages):
+    """Variables of a process that uses them."""
+    more = {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # Without a GPU: in bf16 a batch's padding may change which token is drawn.
+    return {**os.environ, **more, "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="session")
+def ray_environment():
+    """Variables of a process that can import Ray."""
+    more = {"PYTHONPATH": str(install("ray.txt")), "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**os.environ, **more}
 
 
 @pytest.fixture(scope="session")

@@ -185,6 +185,16 @@ def test_a_broken_list_is_refused(content, message, images, tmp_path):
     assert "bad.csv" in str(error.value)
 
 
+def test_a_list_without_a_single_image_is_refused_and_leaves_nothing(images, tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_text("shoe,price\nred,12\nblue,13\n")  # neither a header that it knows nor paths
+    with pytest.raises(ValueError, match="none of its 3 rows could be packed") as error:
+        pack(tmp_path / "out", path, images)
+    assert "3 x no such file (first: row 0: shoe)" in str(error.value)
+    assert list((tmp_path / "out").iterdir()) == []
+    pack(tmp_path / "out", write_list(tmp_path / "l.csv"), images)  # the folder serves another
+
+
 def test_the_record_of_a_pack_tells_what_was_skipped(images, tmp_path):
     pack(tmp_path / "out", write_list(tmp_path / "l.csv"), images)
     record = json.loads((tmp_path / "out" / "pack.json").read_text())

@@ -19,6 +19,7 @@ from laclip.dataset import CAPTION_MISSING, CAPTION_SHORT, open_dataset
 from laclip.prepare.index import index
 from laclip.prepare.store import TextStore, build_store
 from laclip.prepare.tokenize import JOURNAL, MAX_TOKENS, tokenize
+from laclip.prepare.verify import verify
 from laclip.tokenizer import load_tokenizer
 
 IMAGE = io.BytesIO()
@@ -274,6 +275,29 @@ def test_a_run_that_stopped_halfway_goes_on(folder, tmp_path):
     assert not (folder / JOURNAL).exists()
     for file in whole.iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_variants_are_not_kept_from_a_damaged_file(damage, folder, tmp_path, capsys):
+    rewrites = tmp_path / "llm.jsonl"
+    rewrites.write_text(
+        "".join(json.dumps({"key": k, "text": t}) + "\n" for k, t in REWRITES.items())
+    )
+    tokenize(folder, {"llm": rewrites, "blip": "json:blip"})
+    path = folder / "1.captions"
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(whole[:-1] + (bytes([whole[-1] ^ 4]) if damage == "flipped" else b""))
+    assert main(["tokenize", str(folder), "--rewrites", "blip=json:blip", "--jobs", "1"]) == 2
+    message = capsys.readouterr().err
+    assert f"{path} is {'missing' if damage == 'missing' else 'damaged'}" in message
+    assert "--rewrites" in message and "put the file back" in message
+    assert verify(folder)
+    # All variants named again bring back the very same file.
+    tokenize(folder, {"llm": rewrites, "blip": "json:blip"})
+    assert path.read_bytes() == whole and verify(folder) == []
 
 
 def test_captions_of_another_tokenizer_are_not_kept(folder):

@@ -10,11 +10,12 @@ FLOORS = [
     {"kernels", "_native", "text_clean", "attention"},
     {
         *("config", "model", "tokenizer", "dataset", "images", "optimizer", "parallel"),
-        *("metrics", "convert"),
+        *("metrics", "convert", "flops", "text_files"),
     },
     {
         *("loader", "evaluation", "checkpoint", "plan", "report", "prepare", "rewrite"),
         *("run_folder", "engine_settings", "import_weights", "export_weights"),
+        *("train_step", "watchdog"),
     },
     {"train", "cli"},
 ]

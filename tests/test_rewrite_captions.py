@@ -50,6 +50,16 @@ def test_lines_of_a_text_have_their_numbers_as_keys(tmp_path):
     ]  # fmt: skip
 
 
+def test_half_a_character_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"key": "k", "caption": "a \\ud83d dog"}')
+    assert list(open_captions(tmp_path / "a.jsonl")[0].read()) == [("k", "a \ufffd dog")]
+
+
+def test_the_mark_that_spreadsheets_write_hides_no_key(tmp_path):
+    (tmp_path / "a.csv").write_text("\ufeffkey,caption\nk,one\n")
+    assert list(open_captions(tmp_path / "a.csv")[0].read()) == [("k", "one")]
+
+
 def test_rows_without_a_key_have_their_numbers(tmp_path):
     (tmp_path / "a.csv").write_text("url,title\nu,one\nv,two\n")
     assert list(open_captions(tmp_path / "a.csv")[0].read()) == [("0", "one"), ("1", "two")]
@@ -78,7 +88,7 @@ def test_a_folder_gives_its_files_of_one_kind(tmp_path):
     [
         ("a.jsonl", b'{"key": "1", "caption": "x"}\n{"key": 2, "caption": "x"}\n', "line 2: found"),
         ("a.jsonl", b'["key"]\n', "line 1: found"),
-        ("a.txt", b"fine\ncaf\xe9\n", "line 2: not UTF-8"),
+        ("a.txt", b"fine\ncaf\xe9\n", "line 2, byte 8: not UTF-8"),
         ("a.csv", b"key,words\n1,x\n", "columns"),
         ("a.csv", b"key,text\n1\n", "line 2: 1 cells"),
         ("a.csv", b'key,text\n1,"x\n', "unexpected end"),
@@ -100,4 +110,4 @@ def test_what_is_no_file_of_captions_is_refused(tmp_path):
         open_captions(tmp_path / "a.docx")
     (tmp_path / "a.parquet").write_bytes(b"PAR0")
     with pytest.raises(ValueError, match="not Parquet"):
-        open_captions(tmp_path / "a.parquet")
+        list(open_captions(tmp_path / "a.parquet")[0].read())

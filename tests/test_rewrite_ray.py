@@ -1,6 +1,5 @@
 """Shards on a Ray cluster: the same files as without one."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,11 +9,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import pytest
-
 from laclip.cli import main
 
-ROOT = Path(__file__).parent.parent
 RUN = """
 import sys
 import ray
@@ -64,18 +60,7 @@ def owner_of(port, server_port):
     raise LookupError(port)
 
 
-@pytest.fixture(scope="module")
-def environment():
-    """Ray lies in a folder of its own, installed on first use."""
-    spec = importlib.util.spec_from_file_location("oracles", ROOT / "requirements" / "oracles.py")
-    oracles = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(oracles)
-    oracles.PINS = ROOT / "tests" / "data" / "rewrite_ray.txt"
-    more = {"PYTHONPATH": str(oracles.install()), "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**os.environ, **more}
-
-
-def test_a_cluster_writes_the_same_files_even_when_a_worker_dies(environment, tmp_path):
+def test_a_cluster_writes_the_same_files_even_when_a_worker_dies(ray_environment, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.asked, server.clients, server.deadly = [], set(), None
@@ -93,7 +78,7 @@ def test_a_cluster_writes_the_same_files_even_when_a_worker_dies(environment, tm
         server.deadly = "caption 30 of shard 4"
         command = [sys.executable, "-c", RUN, "rewrite", str(folder), str(tmp_path / "cluster")]
         run = subprocess.run(
-            [*command, *words, "--ray"], env=environment, cwd=tmp_path, timeout=300,
+            [*command, *words, "--ray"], env=ray_environment, cwd=tmp_path, timeout=300,
             capture_output=True, text=True,
         )  # fmt: skip
     finally:

@@ -164,6 +164,7 @@ def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(server, captions, tmp
 
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 1 and "File too large" in done.stderr, done.stderr
+    assert str(out) in done.stderr
     assert "Traceback" not in done.stderr
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert results(out) == results(tmp_path / "whole")

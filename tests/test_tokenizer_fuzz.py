@@ -6,6 +6,7 @@ As a program it runs more of them, and prints a record:
 
 import argparse
 import functools
+import html.entities
 import json
 import random
 import time
@@ -63,6 +64,7 @@ MARKED = [
     "ΣσςAΑa. ",
     "ÃÂ âaz",
 ]
+ENTITIES = [f"&{name}" for name in html.entities.html5]
 CODECS = ["latin-1", "cp1252", "cp1251", "cp1250", "cp1253", "cp1257", "mac-roman", "cp437"]
 
 
@@ -89,7 +91,27 @@ def random_text(rng):
         at = rng.randrange(len(text) + 1)
         low, high = rng.choice(RANGES)
         text = text[:at] + chr(rng.randrange(low, high)) + text[at:]
+    if rng.random() < 0.2:
+        at = rng.randrange(len(text) + 1)
+        text = (
+            text[:at] + "".join(random_entity(rng) for _ in range(rng.randrange(1, 4))) + text[at:]
+        )
     return text.upper() if rng.random() < 0.05 else text
+
+
+def random_entity(rng):
+    """A named or numbered character, some of them mojibake, some escaped twice."""
+    kind = rng.random()
+    if kind < 0.4:
+        entity = rng.choice(ENTITIES)
+    else:
+        code = (
+            ord(rng.choice(rng.choice(MARKED)))
+            if kind < 0.6
+            else rng.randrange(*rng.choice(RANGES))
+        )
+        entity = f"&#{code};" if rng.random() < 0.5 else f"&#x{code:x};"
+    return entity.replace("&", "&amp;") if rng.random() < 0.1 else entity
 
 
 class CachedReference(ReferenceTokenizer):

@@ -18,7 +18,7 @@ from laclip.dataset import (
     CaptionsTable,
     SamplesTable,
 )
-from laclip.prepare.folder import seal, write_whole
+from laclip.prepare.folder import file_checksum, seal, write_whole
 from laclip.prepare.store import TextStore
 from laclip.tokenizer import load_tokenizer
 
@@ -108,17 +108,33 @@ def tokenize_shard(folder: Path, shard, sources, tokenizer: str, plan: str, done
 
 def _has_checksum(path: Path, checksum: str) -> bool:
     try:
-        return f"{int(CaptionsTable(path).header['checksum']):016x}" == checksum
+        table = CaptionsTable(path)
     except (FileNotFoundError, ValueError):
         return False
+    return f"{int(table.header['checksum']):016x}" == checksum and _is_whole(table)
+
+
+def _is_whole(table: CaptionsTable) -> bool:
+    return file_checksum(np.memmap(table.path, np.uint8, "r"), 128) == table.header["checksum"]
 
 
 def _old_captions(path: Path, shard) -> CaptionsTable:
-    table = CaptionsTable(path)
+    again = (
+        "Name the files of all variants again (--rewrites NAME=FILE; --drop NAME without a file)"
+    )
+    try:
+        table = CaptionsTable(path)
+    except (FileNotFoundError, ValueError):
+        table = None
+    if table is None or not _is_whole(table):
+        what = "is damaged" if path.exists() else "is missing"
+        raise ValueError(
+            f"{path} {what}: no variant can be kept from it. {again}, or put the file back"
+        )
     if f"{int(table.header['checksum']):016x}" != shard.captions_checksum:
         raise ValueError(
             f"{path}: not as dataset.json says: another run of laclip tokenize stopped halfway. "
-            "Finish it with its own arguments, or name the files of all variants again"
+            f"Finish it with its own arguments. Or: {again}"
         )
     return table
 

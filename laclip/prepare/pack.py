@@ -98,11 +98,19 @@ def pack(
         for reason, (times, first) in result["skipped"].items():
             entry = skipped.setdefault(reason, [0, first])
             entry[0] += times
+    reasons = [f"  {n} x {reason} (first: {first})" for reason, (n, first) in skipped.items()]
+    if packed == 0:
+        for file in (out / RECORD, *out.glob("*.packed")):
+            file.unlink()
+        raise ValueError(
+            "\n".join([f"{pairs}: none of its {count} rows could be packed", *reasons])
+            + f"\nIs {images} the folder that the paths start in, and has the list a header with a "
+            "path and a caption column (laclip pack --help)?"
+        )
     record = {"source": source, "packed": packed, "skipped": skipped}
     write_whole(out / RECORD, [json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"])
-    lines = [f"{out}: {packed} of {count} rows packed"]
-    lines += [f"  {n} x {reason} (first: {first})" for reason, (n, first) in skipped.items()]
-    return "\n".join([*lines, f"Next: laclip index {out}"])
+    head = f"{out}: {packed} of {count} rows packed"
+    return "\n".join([head, *reasons, f"Next: laclip index {out}"])
 
 
 def _check_source(out: Path, source: dict, pairs: Path) -> None:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = open_dataset(args.folder)
     for problem in problems:
         print(problem)
-    count = f"{len(problems)} problems" if problems else "all files are whole and fit each other"
+    count = f"{len(problems)} problem(s)" if problems else "all files are whole and fit each other"
     print(f"{args.folder}: {len(dataset.shards)} shards, {dataset.num_samples} samples: {count}")
     return 1 if problems else 0
 
@@ -98,7 +98,7 @@ def check_shard(
     if variants:
         try:
             captions = CaptionsTable(folder / f"{shard.stem}.captions")
-            problems += _check_captions(captions, shard, len(variants), tokenizer)
+            problems += _check_captions(captions, shard, variants, tokenizer)
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
     size, tar_problems = _check_tar(folder / shard.name, samples)
@@ -120,10 +120,11 @@ def _check_samples(table: SamplesTable, shard: Shard) -> list[str]:
 
 
 def _check_captions(
-    table: CaptionsTable, shard: Shard, variants: int, tokenizer: str | None
+    table: CaptionsTable, shard: Shard, variants: tuple[str, ...], tokenizer: str | None
 ) -> list[str]:
     problems = []
-    run = f"Run: laclip tokenize {table.path.parent}"
+    named = "".join(f" --rewrites {name}=FILE" for name in variants[1:])
+    run = f"Run: laclip tokenize {table.path.parent}{named}"
     data = np.memmap(table.path, np.uint8, "r")
     if file_checksum(data, 128) != table.header["checksum"]:
         return [f"{table.path}: its bytes do not give its checksum. {run}"]
@@ -131,10 +132,10 @@ def _check_captions(
         problems.append(f"{table.path}: is not the file that dataset.json records. {run}")
     if f"{int(table.header['samples_checksum']):016x}" != shard.samples_checksum:
         problems.append(f"{table.path}: was made for other samples. {run}")
-    if (table.count, table.variants, table.tokenizer) != (shard.samples, variants, tokenizer):
+    if (table.count, table.variants, table.tokenizer) != (shard.samples, len(variants), tokenizer):
         problems.append(
             f"{table.path}: {table.count} samples x {table.variants} variants by "
-            f"{table.tokenizer}, expected {shard.samples} x {variants} by {tokenizer}. {run}"
+            f"{table.tokenizer}, expected {shard.samples} x {len(variants)} by {tokenizer}. {run}"
         )
     positions = (table.entries & POSITION_MASK).astype(np.int64)
     lengths = np.diff(positions)

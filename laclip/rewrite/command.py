@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="llm",
         help="llm: a language model (default); the paper's baselines: eda, words changed by "
         "WordNet's synonyms, insertion, swap and deletion; backtranslate, into another language "
-        "and back by Apertium",
+        "and back by Apertium or translation models",
     )
     parser.add_argument(
         "--engine",
@@ -90,10 +90,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="reject rewrites with numbers or names that the caption does not have",
     )
     parser.add_argument(
+        "--encoder",
+        default="",
+        metavar="FOLDER",
+        help="a sentence encoder that measures how near each rewrite is to its caption in meaning",
+    )
+    parser.add_argument(
+        "--min-similarity",
+        type=float,
+        metavar="X",
+        help="reject rewrites whose similarity (cosine, at most 1) by --encoder is below X",
+    )
+    parser.add_argument(
         "--in-flight", type=int, default=64, help="requests at a time to each server (default: 64)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="of the engine transformers (default: 16)"
+        "--batch-size",
+        type=int,
+        default=16,
+        help="of the engine transformers and of --translators (default: 16)",
     )
     parser.add_argument(
         "--parquet", action="store_true", help="write rewrites.parquet in place of rewrites.jsonl"
@@ -117,6 +132,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LANGUAGE",
         help="for --method backtranslate: Apertium's name of it (default: spa, Spanish; "
         "Debian's apertium-eng-spa)",
+    )
+    parser.add_argument(
+        "--translators",
+        nargs=2,
+        default=[],
+        metavar=("THERE", "BACK"),
+        help="for --method backtranslate: folders of two translation models of transformers, such "
+        "as Marian's opus-mt-en-de and opus-mt-de-en, in place of Apertium",
     )
     parser.add_argument(
         "--dry-run",
@@ -144,14 +167,19 @@ def run(args: argparse.Namespace) -> int:
         "method": args.method,
         "seed": args.seed,
         "reject_invented": args.reject_invented,
+        "encoder": args.encoder,
+        "min_similarity": args.min_similarity,
     }
-    name = f"backtranslate {args.through}" if args.method == "backtranslate" else args.method
-    job |= {"through": args.through} if args.method == "backtranslate" else {}
-    plan = Plan(args.out, name, args.seed, None, args.reject_invented)
+    name, prompts = args.method, None
+    if args.method == "backtranslate":
+        through = [Path(folder).name for folder in args.translators] or [args.through]
+        name = " ".join([name, *through])
+        job["through"] = args.translators or args.through
     if args.method == "llm":
         job |= _model_settings(args, sampling)
         name = Path(args.model).name if args.engine == "transformers" else args.model
-        plan = Plan(args.out, name, args.seed, sampling.prompts, args.reject_invented)
+        prompts = sampling.prompts
+    plan = Plan(args.out, name, args.seed, prompts, args.reject_invented, args.min_similarity)
     local = args.engine == "transformers"
     settings = EngineSettings(
         args.engine if args.method == "llm" else args.method,
@@ -162,11 +190,13 @@ def run(args: argparse.Namespace) -> int:
         args.batch_size,
         args.wordnet.resolve(),
         args.through,
+        tuple(str(Path(folder).resolve()) for folder in args.translators),
+        str(Path(args.encoder).resolve()) if args.encoder else "",
     )
     with locked(args.out):
         open_folder(args.out, job)
         set_aside = _rewrite(shards, plan, settings, args.ray)
-        print(_conclude(args.out, shards, set_aside, args.parquet))
+        print(_conclude(args.out, shards, set_aside, args.parquet, bool(args.encoder)))
     return 1 if set_aside else 0
 
 
@@ -192,6 +222,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--server belongs to --engine openai")
     if asks and not args.model:
         raise ValueError("--model is missing: a server's name of it, a folder or a .gguf file")
+    if args.translators and args.method != "backtranslate":
+        raise ValueError("--translators belongs to --method backtranslate")
+    if args.min_similarity is not None and not args.encoder:
+        raise ValueError("--min-similarity needs --encoder FOLDER, which measures it")
+    if args.min_similarity is not None and not -1 <= args.min_similarity <= 1:
+        raise ValueError(f"--min-similarity {args.min_similarity}: expected a cosine, -1 to 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: expected 0 to 2^63 - 1")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
@@ -228,7 +264,7 @@ def _rewrite(
     return set_aside
 
 
-def _merge(folder: Path, done: list[dict], parquet: bool) -> Path:
+def _merge(folder: Path, done: list[dict], parquet: bool, measured: bool) -> Path:
     """Write the rewrites of finished shards as one file."""
     path = folder / ("rewrites.parquet" if parquet else "rewrites.jsonl")
     parts = [folder / "shards" / f"{entry['shard']}.jsonl" for entry in done]
@@ -239,6 +275,7 @@ def _merge(folder: Path, done: list[dict], parquet: bool) -> Path:
 
             names = ("key", "text", "source", "model", "prompts")
             fields = [(name, pyarrow.string()) for name in names] + [("seed", pyarrow.int64())]
+            fields += [("similarity", pyarrow.float32())] if measured else []
             schema = pyarrow.schema(fields)
             with pyarrow.parquet.ParquetWriter(out, schema, compression="zstd") as writer:
                 for part in parts:
@@ -252,12 +289,12 @@ def _merge(folder: Path, done: list[dict], parquet: bool) -> Path:
 
 
 def _conclude(
-    folder: Path, shards: list[CaptionShard], set_aside: list[dict], parquet: bool
+    folder: Path, shards: list[CaptionShard], set_aside: list[dict], parquet: bool, measured: bool
 ) -> str:
     """Write what a run ends with; returns the counts as text."""
     finished = read_finished(folder)
     done = [finished[shard.name] for shard in shards if shard.name in finished]
-    merged = _merge(folder, done, parquet)
+    merged = _merge(folder, done, parquet, measured)
     with whole_file(folder / "set_aside.json") as out:
         out.write(json.dumps(set_aside, indent=2).encode() + b"\n")
     page = write_page(folder, done)
@@ -279,7 +316,8 @@ def _conclude(
     if set_aside:
         lines.append("  Run the same command again to try the shards that were set aside.")
     lines.append(f"  samples and figures: {page}")
-    lines.append(f"  laclip tokenize FOLDER --rewrites NAME={merged}")
+    if accepted:
+        lines.append(f"  laclip tokenize FOLDER --rewrites NAME={merged}")
     return "\n".join(lines)
 
 

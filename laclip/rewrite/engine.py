@@ -29,6 +29,7 @@ class Answer:
     cut: bool = False  # it ran into the limit of new tokens
     refused: bool = False  # the server answers, but not to this caption: `text` says why
     failed: bool = False  # nothing after all tries: `text` says why
+    similarity: float | None = None  # in meaning to the caption, where an encoder measures it
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,30 @@ class EngineSettings:
     batch_size: int = 16
     wordnet: Path = Path()
     through: str = "spa"
+    translators: tuple[str, ...] = ()  # folders: there and back
+    encoder: str = ""  # a folder; where there is one, answers carry their similarity
 
 
 def build_engine(settings: EngineSettings) -> Any:
     """An engine: answers(requests) gives (request, answer) pairs, in any order."""
+    engine = _build_engine(settings)
+    if not settings.encoder:
+        return engine
+    from laclip.rewrite.meaning import Encoder, Measured
+
+    return Measured(engine, Encoder(settings.encoder))
+
+
+def _build_engine(settings: EngineSettings) -> Any:
     if settings.engine == "eda":
         from laclip.rewrite.wordnet import EasyAugmentation
 
         return EasyAugmentation(settings.wordnet)
     if settings.engine == "backtranslate":
-        from laclip.rewrite.translation import BackTranslation
+        from laclip.rewrite.translation import BackTranslation, ModelTranslation
 
+        if settings.translators:
+            return ModelTranslation(settings.translators, settings.batch_size)
         return BackTranslation(settings.through)
     if settings.engine == "transformers":
         from laclip.rewrite.local_model import LocalModel

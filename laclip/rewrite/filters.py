@@ -20,6 +20,7 @@ REASONS = {
     "script": "letters of a script that the original does not use",
     "number": "a number that the original does not have (--reject-invented)",
     "name": "a name that the original does not have (--reject-invented)",
+    "meaning": "too far from the original in meaning (--min-similarity)",
 }
 MAX_CHARACTERS = 500
 _REFUSAL = re.compile(
@@ -63,12 +64,15 @@ def reject(
     cut: bool = False,
     prompt: tuple[str, ...] = (),
     invented: bool = False,
+    similarity: float | None = None,
+    least: float | None = None,
 ) -> str | None:
     """The first reason in REASONS why a rewrite is no caption, or None.
 
     prompt: the texts that the prompt showed beside the caption. invented: numbers and names that
     the original does not have disqualify as well. Names are told by their capitals inside a
-    sentence, so a caption in title case has none.
+    sentence, so a caption in title case has none. similarity: in meaning, where it was measured;
+    below `least` it disqualifies.
     """
     words = _words(rewrite)
     if not words:
@@ -81,7 +85,8 @@ def reject(
         return "refusal"
     if _CHATTER.search(rewrite) and not _CHATTER.search(original):
         return "chatter"
-    if "=>" in rewrite or any(words == _words(text) for text in prompt):
+    arrow = "=>" in rewrite and (prompt or "=>" not in original)  # a prompt shows none of its own
+    if arrow or any(words == _words(text) for text in prompt):
         return "prompt"
     if words == _words(original):
         return "echo"
@@ -96,6 +101,8 @@ def reject(
             return "number"
         if _names(rewrite) - set(_words(original)):
             return "name"
+    if similarity is not None and least is not None and similarity < least:
+        return "meaning"
     return None
 
 

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,6 +40,7 @@ class Plan:
     seed: int
     prompts: PromptSet | None = None  # of a language model
     invented: bool = False  # reject numbers and names that the original does not have
+    least: float | None = None  # similarity in meaning, where the engine measures it
 
     def draw(self, key: str) -> tuple[list[tuple[str, str]], int]:
         """The examples and the seed of a caption."""
@@ -49,20 +50,27 @@ class Plan:
 
 
 def open_folder(folder: Path, job: dict[str, Any]) -> None:
-    """Fill the run's folder, or check that what is there is the same run; raises ValueError."""
+    """Fill the run's folder, or check that what is there is the same run; raises ValueError.
+
+    A run that has nothing yet, such as one whose model could not be loaded, gives way to another.
+    """
     path = folder / "job.json"
-    if path.exists():
+    there = path.exists()
+    if there:
         try:
             before = json.loads(path.read_bytes())
         except ValueError:
             raise ValueError(f"{path}: not JSON; expected the job of a run of rewrites") from None
         changed = [name for name in job if before.get(name) != job[name]]
-        if changed:
+        begun = any(part.stat().st_size for part in (folder / "parts").glob("*.jsonl"))
+        if changed and not begun and not read_finished(folder):
+            there = False
+        elif changed:
             told = "; ".join(f"{n}: {before.get(n)!r}, now {job[n]!r}" for n in changed)
             raise ValueError(f"{folder} holds another run ({told}). Name another folder")
     elif any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder}: there are files in it, but no job.json. Name another folder")
-    if not path.exists():
+    if not there:
         with whole_file(path) as file:
             file.write(json.dumps(job, indent=2, ensure_ascii=False).encode() + b"\n")
     for name in ("parts", "shards", "rejects"):
@@ -72,6 +80,8 @@ def open_folder(folder: Path, job: dict[str, Any]) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a second run out of the folder; ends with the process, however that ends."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file; expected a folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "wb") as file:
         try:
@@ -199,13 +209,17 @@ class _Shard:
                 cut=answer.cut,
                 prompt=(*shown, prompts.instruction) if prompts else (),
                 invented=self.plan.invented,
+                similarity=answer.similarity,
+                least=self.plan.least,
             )
         )
-        self._write(request, Answer(text, answer.tokens), reason)
+        self._write(request, replace(answer, text=text), reason)
 
     def _write(self, request: Request, answer: Answer, reason: str | None) -> None:
         entry: dict[str, Any] = {"n": request.number, "key": request.key, "text": answer.text}
         entry |= {"source": request.caption, "tokens": answer.tokens}
+        if answer.similarity is not None:
+            entry["similarity"] = answer.similarity
         if reason:
             entry["reason"] = reason
         line = as_line(entry)
@@ -280,10 +294,15 @@ def as_line(entry: dict) -> bytes:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name whole, or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk: what was written of it helps nobody
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

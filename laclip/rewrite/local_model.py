@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from laclip import _native
 from laclip.rewrite.engine import Answer, Request, Sampling, first_line
+from laclip.rewrite.model_folder import load_model
 
 _STREAM = 0x73616D706C652121  # keeps these random numbers apart from those of the prompts
 _SORTED = 16  # batches whose prompts are sorted by length, so that little is padding
@@ -23,39 +23,12 @@ class LocalModel:
     """
 
     def __init__(self, path: str | Path, sampling: Sampling, *, batch_size: int = 16):
-        try:
-            import transformers
-        except ModuleNotFoundError:
-            raise ValueError(
-                "--engine transformers needs the package transformers. Run: "
-                "pip install 'laclip[rewrite]'"
-            ) from None
-        transformers.utils.logging.disable_progress_bar()  # they would break the run's own line
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"--model {path}: no such folder or .gguf file")
+        self.tokenizer, self.model = load_model(path, "AutoModelForCausalLM", "--model")
+        import transformers
+
         self.sampling, self.batch_size = sampling, batch_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        place: dict[str, Any] = {"local_files_only": True}
-        if path.suffix == ".gguf":
-            place["gguf_file"] = path.name
-            if hasattr(transformers, "GgufConfig"):  # earlier releases unpack the weights anyway
-                place["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        folder = str(path.parent if path.suffix == ".gguf" else path)
-        try:
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                folder, **{k: v for k, v in place.items() if k != "quantization_config"}
-            )
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, **place
-            )
-        except ImportError as error:
-            raise ValueError(f"--model {path}: {error}") from None
-        self.model = model.to(self.device).eval()
+        self.device = self.model.device
         self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
         ends = self.model.generation_config.eos_token_id
         self.ends = torch.tensor(
             [*([ends] if isinstance(ends, int) else ends or []), self.tokenizer.eos_token_id],

@@ -13,12 +13,14 @@ from laclip.rewrite.job import read_lines, whole_file
 
 MEASURED = 50_000  # captions that the figures are of, and at most read for them
 SHOWN = 60  # samples, and as many rejects
+FARTHEST = 20  # in meaning, shown where it was measured
 _STYLE = """
 :root { color-scheme: light dark; --soft: #8882; --bar: #1f5fa8; --other: #d08a2e }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; width: 100% } td, th { padding: .35rem .7rem; text-align: right }
-td, th { border-bottom: 1px solid var(--soft); vertical-align: top }
+table { border-collapse: collapse; width: 100%; margin-bottom: 1.4rem }
+td, th { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--soft) }
+td, th { vertical-align: top }
 td:first-child, th:first-child, td.left, th.left { text-align: left } .soft { opacity: .7 }
 .bar { height: .6rem; background: var(--bar); border-radius: 2px; margin: 1px 0 }
 .bar.other { background: var(--other) } td.wide { width: 60% }
@@ -53,9 +55,13 @@ def write_page(folder: Path, finished: list[dict]) -> Path:
             '<h2>Words a text <span class=soft>(<span style="color:var(--bar)">captions</span>, '
             '<span style="color:var(--other)">rewrites</span>)</span></h2>',
             _lengths(pairs),
-            "<h2>Samples</h2>",
-            _samples(rewrites, ("source", "text"), ("Caption", "Rewrite")),
         ]
+    measured = [entry for entry in rewrites + rejects if "similarity" in entry]
+    if measured:
+        parts += ["<h2>Similarity in meaning</h2>", _similarity(measured, job)]
+    if rewrites:
+        parts += ["<h2>Samples</h2>"]
+        parts += [_samples(rewrites, ("source", "text"), ("Caption", "Rewrite"))]
     if rejects:
         columns = ("source", "text", "reason"), ("Caption", "Answer", "Reason")
         parts += ["<h2>Samples of what was rejected</h2>", _samples(rejects, *columns)]
@@ -127,7 +133,8 @@ def _figures(pairs: list[tuple[str, str]]) -> str:
     return (
         "<table><tr><th>Texts<th>Words a text<th>Vocabulary<th>Distinct words<th>Distinct pairs"
         f"<th>Distinct triples{''.join(rows)}</table><p>Words that a caption and its rewrite "
-        f"share, of all words of the two: {mean:.1%} on average.</p>"
+        f"share, of all words of the two: {mean:.1%} on average. Distinct: "
+        "different words, pairs or triples for each one that there is.</p>"
     )
 
 
@@ -139,13 +146,44 @@ def _lengths(pairs: list[tuple[str, str]]) -> str:
             sum(low <= len(_words(pair[side])) < high for pair in pairs) / len(pairs)
             for side in (0, 1)
         ]
-        bars = "".join(
-            f'<div class="bar{kind}" style="width:{share:.1%}"></div>'
-            for share, kind in zip(shares, ("", " other"), strict=True)
-        )
-        name = f"{low} to {high - 1}" if high < 10**9 else f"{low} and more"
-        rows.append(f"<tr><td>{name}<td class=wide>{bars}<td>{shares[0]:.1%}<td>{shares[1]:.1%}")
-    return f"<table>{''.join(rows)}</table>"
+        rows.append(_bars(f"{low} to {high - 1}" if high < 10**9 else f"{low} and more", shares))
+    return f"<table><tr><th>Words<th><th>Captions<th>Rewrites{''.join(rows)}</table>"
+
+
+def _similarity(entries: list[dict], job: dict) -> str:
+    """Mean, distribution and the farthest of what an encoder measured."""
+    ordered = sorted(entries, key=lambda entry: entry["similarity"])
+    values = [entry["similarity"] for entry in ordered]
+    tenths = Counter(min(int(value * 10 // 1), 9) for value in values)
+    bars = [
+        _bars(f"{i / 10:.1f} to {i / 10 + 0.1:.1f}", [tenths[i] / len(values)])
+        for i in range(min(tenths), 10)
+    ]
+    low, middle, high = (values[int(share * (len(values) - 1))] for share in (0.05, 0.5, 0.95))
+    told = f"Cosine by {Path(job['encoder']).name} of all answers, rejected ones too: "
+    told += f"mean {sum(values) / len(values):.3f}, median {middle:.3f}; nine in ten lie between "
+    told += f"{low:.3f} and {high:.3f}."
+    if job["min_similarity"] is not None:
+        told += f" Below {job['min_similarity']} they are rejected."
+    rows = [
+        f"<tr><td class=left>{html.escape(entry['source'][:400])}"
+        f"<td class=left>{html.escape(entry['text'][:400])}<td>{entry.get('reason', '')}"
+        f"<td>{entry['similarity']:.3f}"
+        for entry in ordered[: min(FARTHEST, max(5, len(ordered) // 10))]
+    ]
+    head = "<tr><th>Farthest captions<th class=left>Answers<th>Reason<th>Similarity"
+    return (
+        f"<p>{html.escape(told)}</p><table><tr><th>Cosine<th><th>Answers{''.join(bars)}</table>"
+        f"<table>{head}{''.join(rows)}</table>"
+    )
+
+
+def _bars(name: str, shares: list[float]) -> str:
+    bars = "".join(
+        f'<div class="bar{kind}" style="width:{share:.1%}"></div>'
+        for share, kind in zip(shares, ("", " other"), strict=False)
+    )
+    return f"<tr><td>{name}<td class=wide>{bars}" + "".join(f"<td>{x:.1%}" for x in shares)
 
 
 def _samples(entries: list[dict], fields: tuple, names: tuple) -> str:

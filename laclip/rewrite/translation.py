@@ -1,13 +1,21 @@
-"""Back-translation, a baseline of the paper: into another language and back, by Apertium."""
+"""Back-translation, a baseline of the paper: into another language and back.
+
+By Apertium, or by two translation models.
+"""
 
 import shutil
 import subprocess
 from collections.abc import Iterator
 from itertools import islice
 
+import torch
+
 from laclip.rewrite.engine import Answer, Request
+from laclip.rewrite.model_folder import load_model
 
 LINES = 1000  # translated by one start of the program
+SORTED = 16  # batches whose texts are sorted by length, so that little is padding
+MAX_TOKENS = 256  # of a text, and of its translation
 
 
 class BackTranslation:
@@ -65,3 +73,56 @@ def _with_case_of(line: str, text: str) -> str:
         return text
     letter = text[place].upper() if first.isupper() else text[place].lower()
     return text[:place] + letter + text[place + 1 :]
+
+
+class ModelTranslation:
+    """Translates captions there and back by two models of one direction each, as Marian's are.
+
+    They take the likeliest token each time, whatever beams their folders ask for: what a search by
+    beams finds for a text changes with the texts beside it. So the result depends on the caption
+    alone (but for rounding, which padding changes).
+    """
+
+    def __init__(self, folders: tuple[str, ...], batch_size: int = 16):
+        """folders: of the model into the other language, and of the one back."""
+        self.batch_size = batch_size
+        self._models = [
+            load_model(folder, "AutoModelForSeq2SeqLM", "--translators") for folder in folders
+        ]
+        for folder, (tokenizer, _) in zip(folders, self._models, strict=True):
+            if getattr(tokenizer, "src_lang", None):
+                raise ValueError(
+                    f"--translators {folder}: a model of many languages; expected one of one "
+                    "direction, such as Marian's opus-mt-en-de"
+                )
+
+    def answers(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Answer]]:
+        while chunk := list(islice(requests, SORTED * self.batch_size)):
+            chunk.sort(key=lambda request: len(request.caption))
+            for begin in range(0, len(chunk), self.batch_size):
+                batch = chunk[begin : begin + self.batch_size]
+                lines = [" ".join(request.caption.split()) for request in batch]
+                answers = [Answer(line) for line in lines]
+                for tokenizer, model in self._models:
+                    answers = _translated(answers, tokenizer, model)
+                yield from zip(batch, answers, strict=True)
+
+
+@torch.inference_mode()
+def _translated(answers: list[Answer], tokenizer, model) -> list[Answer]:
+    """Each text in the model's other language; tokens add up, what was cut stays so."""
+    texts = [answer.text for answer in answers]
+    given = tokenizer(
+        texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    )
+    ids = model.generate(
+        **given.to(model.device), max_new_tokens=MAX_TOKENS, do_sample=False, num_beams=1
+    )
+    ends = torch.tensor(model.generation_config.eos_token_id, device=ids.device)
+    whole = torch.isin(ids, ends).any(1).tolist()
+    tokens = (ids != tokenizer.pad_token_id).sum(1).tolist()
+    found = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [
+        Answer(text.strip(), before.tokens + count, cut=before.cut or not ended)
+        for text, before, count, ended in zip(found, answers, tokens, whole, strict=True)
+    ]

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from laclip import convert
 from laclip.config import PRESETS, ModelConfig, TextConfig, VisionConfig
-from laclip.model import CLIP, build_model, training_flops
+from laclip.flops import training_flops
+from laclip.model import CLIP, build_model
 
 VOCABULARY, EOT, CONTEXT = 49408, 49407, 77
 OPEN_CLIP = {"vit_b_32": "ViT-B-32", "vit_b_16": "ViT-B-16"}

@@ -1,6 +1,6 @@
 """Hundreds of thousands of batches: memory, open files, maps and threads must not grow.
 
-    python benchmarks/soak.py [--reader 200000] [--loader 20000] [--out FILE]
+    python benchmarks/soak_loader.py [--reader 200000] [--loader 20000] [--out FILE]
 
 First the batch reader alone, with jumps, bad samples and batches kept for a while; then the loader
 with DALI, an image that fails from time to time among them. Fails if a count is larger in the
