@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, safest step first:
 #
-#   benchmarks/gpu.sh [FOLDER [STEP...]]   steps: tests sanitize resources sweep tune plot model train
+#   benchmarks/gpu.sh [FOLDER [STEP...]]   steps: tests sanitize resources sweep tune plot model train loader
 #
 # Results go to FOLDER (default: $OUT, else benchmarks/results). PYTHON names the interpreter
 # (default: .venv's where there is one); RIVALS a folder with open_clip, inf_cl and siglip_kernel
@@ -33,7 +33,7 @@ fi
 rivals=${RIVALS:-$work/rivals}
 if [ ! -d "$rivals" ]; then
   "$python" -m pip install -q --no-deps --target "$rivals" \
-    open_clip_torch==3.3.0 inf-cl==1.2.1 siglip-kernel==0.1.2 ||
+    open_clip_torch==3.3.0 inf-cl==1.2.1 siglip-kernel==0.1.2 webdataset==1.0.2 braceexpand==0.1.7 ||
     echo "gpu.sh: no rivals here: only our own implementations are timed" >&2
 fi
 "$python" - <<'CHECK'
@@ -81,8 +81,14 @@ for step in "${steps[@]}"; do
   train)
     "$python" requirements/oracles.py benchmarks/train.py --out "$folder/train_gpu.jsonl" ${TRAIN:-}
     ;;
+  loader) # PHOTOS: a folder of photographs; needs the compiled extension
+    PYTHONPATH="$rivals${PYTHONPATH:+:$PYTHONPATH}" "$python" benchmarks/loader.py \
+      --photos "${PHOTOS:?a folder of photographs}" --work "$work/photos" \
+      --out "$folder/loader_gpu.jsonl"
+    ;;
   *)
-    echo "gpu.sh: no step '$step'; there are tests, sanitize, resources, sweep, tune, plot, model, train" >&2
+    echo "gpu.sh: no step '$step'; there are tests, sanitize, resources, sweep, tune, plot, model," \
+      "train, loader" >&2
     exit 2
     ;;
   esac

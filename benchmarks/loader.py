@@ -237,6 +237,13 @@ def cpu_seconds():
     return total / os.sysconf("SC_CLK_TCK")
 
 
+def wait_until_idle():
+    used = -1.0
+    while (now := cpu_seconds()) - used > 0.02:
+        used = now
+        time.sleep(0.3)
+
+
 class Decoder:
     """DALI alone: the same batches over and over, already in memory."""
 
@@ -273,6 +280,7 @@ def images_case(name, start, batch, lead, images):
     used = []
 
     def prepare(turn):
+        wait_until_idle()  # the case before fills its queue again
         loader = start(turn)
         for _ in range(lead):
             next(loader)

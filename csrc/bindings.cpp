@@ -23,6 +23,7 @@ NB_MODULE(_native, module) {
       },
       "bytes"_a, "XXH64 (seed 0) of a uint8 array.");
   bind_reader(module);
+  bind_resize(module);
   bind_tar(module);
   bind_tokenizer(module);
 }

@@ -23,5 +23,6 @@ inline std::span<const std::byte> as_bytes(const Bytes& array) {
 }
 
 void bind_reader(nb::module_& module);
+void bind_resize(nb::module_& module);
 void bind_tar(nb::module_& module);
 void bind_tokenizer(nb::module_& module);

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from laclip import _native
 from laclip.images import NORMALIZATION, DecodeError, ImagePipeline
 
 CPU = torch.device("cpu")
@@ -273,3 +274,36 @@ def test_only_the_failed_part_is_decoded_again():
     pipeline.replace({71: good[71]}, windows, mirrors)
     assert torch.equal(pipeline.take(), expected)
     assert torch.equal(pipeline.take(), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["cubic", "linear"])
+def test_resizing_on_a_cpu_is_pillows(interpolation):
+    pictures = []
+    for i, size in enumerate(((300, 200), (200, 300), (90, 70), (224, 224), (700, 31), (1, 1))):
+        encoded = photograph(max(size[0], 24), max(size[1], 24), i)[0]
+        picture = Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
+        pictures.append(picture.crop((0, 0, *size)))
+    pixels = [np.array(picture) for picture in pictures]
+    out = np.full((2, len(pictures), 3, 96, 96), np.nan, np.float32)
+    for threads in (1, 3):
+        arguments = (interpolation, False, [0.0] * 3, [1.0] * 3, threads)
+        _native.resize_images(pixels, [0, 1, 0, 1, 0, 0], out[threads // 2], *arguments)
+    assert (out[0] == out[1]).all()
+    for i, picture in enumerate(pictures):
+        expected = picture.resize((96, 96), FILTERS[interpolation])
+        if i in (1, 3):
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        # Pillow works on columns or rows first, by the shape: roundings differ.
+        assert difference(torch.from_numpy(out[0][i]), expected) < 0.25
+
+
+def test_what_cannot_be_resized_is_refused():
+    pixels, out = [np.zeros((5, 5, 3), np.uint8)], np.empty((1, 3, 8, 8), np.float32)
+    for images, into, kind, message in (
+        (pixels * 2, out, "cubic", "a mirror and a square for each image"),
+        ([np.zeros((0, 5, 3), np.uint8)], out, "cubic", "an empty image"),
+        (pixels, out[:, :, :4], "cubic", None),
+        (pixels, out, "nearest", "expected cubic or linear"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            _native.resize_images(images, [0], into, kind, False, [0.0] * 3, [1.0] * 3, 1)

@@ -53,7 +53,8 @@ def hashes(batch, keys):
 def epoch_hashes(world_size, restarts, **data):
     """The hashes of an epoch's global batches; at each restart all ranks begin anew."""
     dataset = open_dataset(EMOJI / "train")
-    keys = [key for shard in range(len(dataset.shards)) for key in dataset.samples(shard).keys()]
+    tables = map(dataset.samples, range(len(dataset.shards)))
+    keys = list(itertools.chain.from_iterable(table.keys() for table in tables))
     found = []
     for begin, end in itertools.pairwise([0, *restarts, EPOCH]):
         ranks = [
