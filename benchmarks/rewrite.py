@@ -65,7 +65,9 @@ def write_captions(path: Path, count: int) -> Path:
     return path
 
 
-def measure(name: str, captions: Path, words: list, *, repeats: int = 1, **shape: int) -> Record:
+def measure(
+    name: str, captions: Path, words: list, *, model: str = "", repeats: int = 1, **shape: int
+) -> Record:
     """One command of `laclip rewrite`, as a record."""
     runs, processor = [], []
     for _ in range(repeats):
@@ -82,6 +84,7 @@ def measure(name: str, captions: Path, words: list, *, repeats: int = 1, **shape
     run, seconds = runs[-1], sorted(entry["seconds"] for entry in runs)
     middle = statistics.median(seconds)
     extra = {
+        "model": model,
         "tokens_a_second": run["tokens"] / middle,
         "tokens_a_caption": run["tokens"] / run["captions"],
         "cpu_seconds_in_all": statistics.median(processor),
@@ -144,17 +147,19 @@ def main() -> None:
         else:
             captions = write_captions(folder / "captions.jsonl", options.captions)
             if options.model:
-                label, size = f"transformers {Path(options.model).name}", options.batch_size
+                label, size, model = "transformers", options.batch_size, Path(options.model).name
                 words = ["--engine", "transformers", "--model", options.model, "--batch-size", size]
                 shape = {"batch_size": size}
             else:
-                label, url = options.server.split("=", 1)
+                (label, url), model = options.server.split("=", 1), options.served
                 words = ["--server", url, "--model", options.served]
                 words += ["--in-flight", options.in_flight]
                 shape = {"in_flight": options.in_flight}
             label += " chat" if options.chat else ""
             records = [
-                measure(f"{label}, {p}", captions, [*words, *more, "--prompts", p], **shape)
+                measure(
+                    f"{label}, {p}", captions, [*words, *more, "--prompts", p], model=model, **shape
+                )
                 for p in options.prompts
             ]
     append(records, options.out)

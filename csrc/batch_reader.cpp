@@ -314,7 +314,9 @@ void BatchReader::draw_sample(Slot& slot, std::size_t i, const std::set<std::uin
   const std::uint64_t epoch = batch.epoch[i];
   batch.sample[i] = sample;
   batch.begin[i + 1] = batch.begin[i] + record.bytes;
-  draw_window(options_, record.width, record.height, sample, epoch,
+  const bool on_its_side = options_.exif_rotation && record.orientation >= 5;
+  draw_window(options_, on_its_side ? record.height : record.width,
+              on_its_side ? record.width : record.height, sample, epoch,
               std::span<std::int32_t, 4>(&batch.window[4 * i], 4));
   batch.mirror[i] = draw_mirror(options_, sample, epoch);
   if (options_.policy == CaptionPolicy::kMulti) return;
@@ -397,7 +399,8 @@ void BatchReader::read_part(Slot& slot, std::size_t part) {
     const SampleRecord& record = slot.shard[i]->record(slot.place[i].index);
     const ImageHeader header = parse_image_header(image);
     if (header.reason != kNotBad || header.format != record.format ||
-        header.width != record.width || header.height != record.height) {
+        header.width != record.width || header.height != record.height ||
+        (options_.exif_rotation && header.orientation != record.orientation)) {
       batch.broken[i] = kHeaderChanged;
     } else if (!ends_properly(header, image)) {
       batch.broken[i] = kCutShort;

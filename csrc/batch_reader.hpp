@@ -37,6 +37,7 @@ struct ReaderOptions : DrawOptions {
   std::int32_t eot_token = 0;
   std::int32_t pad_token = 0;
   std::uint64_t max_pixels = 100'000'000;
+  bool exif_rotation = false;  // windows lie in the image turned as its EXIF data says
 };
 
 // Memory that grows and is not cleared.

@@ -80,7 +80,8 @@ void bind_reader(nb::module_& module) {
       .def_rw("ratio_low", &ReaderOptions::ratio_low)
       .def_rw("ratio_high", &ReaderOptions::ratio_high)
       .def_rw("flip", &ReaderOptions::flip)
-      .def_rw("max_pixels", &ReaderOptions::max_pixels);
+      .def_rw("max_pixels", &ReaderOptions::max_pixels)
+      .def_rw("exif_rotation", &ReaderOptions::exif_rotation);
 
   nb::class_<Batch>(module, "Batch",
                     "One rank's part of a global batch; see csrc/batch_reader.hpp.")

@@ -166,6 +166,22 @@ ImageHeader parse_png(Cursor cursor) {
   return header;
 }
 
+// Of the EXIF chunk, which stands behind the picture; 1 where `chunks` does not hold it.
+std::uint8_t webp_orientation(Cursor chunks) {
+  while (!chunks.failed()) {
+    const bool exif = chunks.take("EXIF");
+    if (!exif) chunks.skip(4);
+    const std::uint32_t length = chunks.take(4);
+    if (exif) {
+      Cursor content(chunks.rest(length));
+      content.take(std::string_view("Exif\0\0", 6));  // some writers keep JPEG's prefix
+      return tiff_orientation(content.rest(content.left()));
+    }
+    chunks.skip(std::size_t{length} + (length & 1));
+  }
+  return 1;
+}
+
 ImageHeader parse_webp(Cursor cursor) {
   ImageHeader header{.format = kWebp, .reason = kBrokenHeader};
   if (cursor.take("VP8 ")) {
@@ -190,6 +206,7 @@ ImageHeader parse_webp(Cursor cursor) {
     if (length != 10) return header;
     if (features & 0x10) header.flags |= kAlpha;
     if (features & 0x02) header.reason = kUnsupportedImage;  // animated
+    if (features & 0x08) header.orientation = webp_orientation(cursor);
   } else {
     return header;
   }

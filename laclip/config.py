@@ -34,6 +34,7 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # width over height
     flip: bool = False
     interpolation: str = "cubic"  # cubic | linear; both antialiased
+    exif_rotation: bool = False  # turn images as their EXIF data says (PIL and open_clip do not)
     normalize: str = "openai"  # openai | imagenet: mean and standard deviation
     window_shards: int = 16  # samples are shuffled inside windows of this many shards
     reader_threads: int = 2

@@ -94,6 +94,7 @@ def evaluate(
         device=ranks.device,
         threads=data.decode_threads,
         depth=1,
+        exif_rotation=data.exif_rotation,
     )
     undecodable: list[int] = []
 

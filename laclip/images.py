@@ -172,8 +172,7 @@ class ImagePipeline:
         """
         if self._in_flight and self._in_flight[0].reasons:
             self._in_flight.popleft()
-        drawn = None if windows is None else np.column_stack([windows, mirrors]).astype(np.int32)
-        self._in_flight.append(_Batch(list(encoded), drawn))
+        self._in_flight.append(_Batch(list(encoded), _drawn(windows, mirrors)))
         self._start_all()
 
     def _start_all(self) -> None:
@@ -186,7 +185,8 @@ class ImagePipeline:
     def _run(self, pipeline: Pipeline, batch: _Batch, positions: Sequence[int]) -> None:
         # As DALI's own tensors: handing over arrays takes it several times as long.
         tensors = [TensorCPU(batch.encoded[i], "") for i in positions]
-        pipeline.feed_input("encoded", TensorListCPU(tensors, "", contiguous=False))
+        views = TensorListCPU(tensors, "", contiguous=False)  # type: ignore[call-overload]
+        pipeline.feed_input("encoded", views)
         if batch.drawn is not None:
             pipeline.feed_input("drawn", batch.drawn[list(positions)])
         pipeline._run_once()
@@ -219,9 +219,7 @@ class ImagePipeline:
         windows and mirrors: of the whole batch, as for feed().
         """
         batch = self._in_flight[0]
-        batch.reasons = {}
-        if windows is not None:
-            batch.drawn = np.column_stack([windows, mirrors]).astype(np.int32)
+        batch.reasons, batch.drawn = {}, _drawn(windows, mirrors)
         for position, image in encoded.items():
             batch.encoded[position] = image
         self._decode_apart(batch, sorted(encoded))
@@ -233,7 +231,7 @@ class ImagePipeline:
         images.copy_(torch.from_dlpack(output.as_tensor()))
 
     def _recover(self, batch: _Batch, positions: Sequence[int], error: RuntimeError) -> None:
-        """Decode apart what was lost with a part of the oldest batch, in a new pipeline the rest."""
+        """Decode apart the lost part of the oldest batch; all that follows, in a new pipeline."""
         self._pipeline = self._build()  # the old one ends before its images are let go
         for lost in self._in_flight:
             lost.started = lost.done
@@ -274,6 +272,13 @@ class ImagePipeline:
             except RuntimeError as error:
                 failed[position] = _reason(str(error))
         return failed
+
+
+def _drawn(windows: np.ndarray | None, mirrors: np.ndarray | None) -> np.ndarray | None:
+    """Windows and mirrors as one int32 array [batch, 5]."""
+    if windows is None or mirrors is None:
+        return None
+    return np.column_stack([windows, mirrors]).astype(np.int32)
 
 
 def _named(error: RuntimeError, positions: Sequence[int]) -> dict[int, str]:

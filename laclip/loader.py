@@ -23,7 +23,6 @@ from laclip.dataset import Dataset
 from laclip.images import DecodeError, ImagePipeline
 from laclip.tokenizer import Tokenizer
 
-
 # csrc/batch_reader.hpp, BrokenReason
 BROKEN = ("", "its header is not what the index says", "the file is cut short")
 
@@ -33,7 +32,7 @@ class LoadedBatch:
     """One rank's part of global batch `index`."""
 
     index: int
-    images: torch.Tensor  # [batch, 3, size, size] fp32 on the device
+    images: torch.Tensor  # [batch, 3, size, size] on the device, of the loader's dtype
     token_ids: torch.Tensor  # int32 [batch, context_length] or [variants, batch, ...], on the host
     samples: np.ndarray  # uint64 [batch], places in the list of all samples
     drawn_variants: np.ndarray  # uint8 [batch], the caption that was drawn
@@ -49,9 +48,9 @@ class Loader:
     """Iterates over batches from `start` on, without end.
 
     datasets: opened dataset folders, tokenized by `tokenizer`. global_batch_size: over all ranks;
-    a multiple of world_size. image_size: pixels a side. bad_samples: samples known to be bad, as
-    an earlier run's `bad_samples` gave them. bad_log: a JSONL file to which this rank appends
-    what it finds. Raises ValueError for settings that contradict the datasets.
+    a multiple of world_size. image_size: pixels a side. dtype: of the images. bad_samples: samples
+    known to be bad, as an earlier run's `bad_samples` gave them. bad_log: a JSONL file to which
+    this rank appends what it finds. Raises ValueError for settings that contradict the datasets.
     """
 
     def __init__(
@@ -68,6 +67,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
+        dtype: torch.dtype = torch.float32,
         bad_samples: Iterable[int] = (),
         bad_log: Path | None = None,
     ):
@@ -99,6 +99,8 @@ class Loader:
             threads=data.decode_threads,
             depth=data.prefetch,
             hardware_decoder_share=data.hardware_decoder_share,
+            dtype=dtype,
+            exif_rotation=data.exif_rotation,
         )
         self._multi = data.captions == "multi"
         self._device = device
@@ -238,6 +240,7 @@ def reader_options(
     options.ratio_low, options.ratio_high = data.crop_ratio
     options.flip = data.flip
     options.max_pixels = data.max_pixels
+    options.exif_rotation = data.exif_rotation
     return options
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laclip.config import Config, differences, dump_config, load_config
+from laclip.metrics import say
 from laclip.parallel import JointError, Ranks, from_first
 
 
@@ -20,8 +21,10 @@ def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> An
     if ranks.is_first:
         try:
             lock = open_folder(folder, config, resume)
-        except (ValueError, OSError) as failure:
+        except ValueError as failure:
             error = str(failure)
+        except OSError as failure:
+            error = f"run.folder: '{folder}' cannot be used: {failure}"
     error = from_first(error)
     if error is not None:
         raise JointError(error)
@@ -65,8 +68,12 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
 
 
 def write_status(folder: Path, state: str, step: int | None, reason: str = "") -> None:
+    """Write status.json whole; a disk that is full costs the news, not the run."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"state": state, "step": step, "reason": reason, "time": now}
     temporary = folder / "status.json.partial"
-    temporary.write_text(json.dumps(content) + "\n")
-    temporary.rename(folder / "status.json")
+    try:
+        temporary.write_text(json.dumps(content) + "\n")
+        temporary.rename(folder / "status.json")
+    except OSError as error:
+        say(f"\nlaclip: '{folder / 'status.json'}' could not be written: {error}")

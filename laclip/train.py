@@ -146,6 +146,12 @@ def connect(config: Config, ranks: Ranks) -> None:
         built = Path(sys.prefix) / "torch_extensions"  # by requirements/build_deepspeed_op.py
         if built.is_dir():
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
+        lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm_op" / "lock"
+        if lock.exists() and time.time() - lock.stat().st_mtime > 600:
+            raise ValueError(
+                f"'{lock}' is what a killed build of DeepSpeed's operator left: no build takes ten "
+                f"minutes, and every start would wait for it. Run: rm '{lock}'"
+            )
         if "OMP_NUM_THREADS" not in os.environ:
             here = int(os.environ.get("LOCAL_SIZE", ranks.world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
@@ -223,6 +229,7 @@ def run(
         image_size=config.model.vision.image_size,
         context_length=config.model.text.context_length,
         device=ranks.device,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
         rank=ranks.rank,
         world_size=ranks.world_size,
         start=state["step"],
@@ -372,8 +379,11 @@ def log_skipped(
     names = gather_objects([loader.name(int(sample)) for sample in batch.samples])
     if ranks.is_first:
         record = {"step": step, "loss": loss, "samples": [name for part in names for name in part]}
-        with (folder / "skipped_steps.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with (folder / "skipped_steps.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            say(f"\nlaclip: the samples of the skipped step {step} are lost: {error}")
 
 
 def score_tasks(

@@ -177,7 +177,7 @@ class Watchdog:
         if messages is None:
             self._drop(peer)
             if peer.rank >= 0:
-                self._end(f"rank {peer.rank} died while {peer.doing}", peer.rank)
+                self._end(f"rank {peer.rank} died, last known to be {peer.doing}", peer.rank)
 
     def _drop(self, peer: _Peer) -> None:
         with self._lock:
@@ -196,6 +196,8 @@ class Watchdog:
                 )
         if not self._ranks.is_first:
             return
+        if any(now - peer.heard_at > 4 * INTERVAL for peer in peers):
+            return  # what it does is not known: its silence will tell
         everyone = [(self._count, self._advanced_at, 0, self._doing)]
         everyone += [(peer.count, peer.advanced_at, peer.rank, peer.doing) for peer in peers]
         count, advanced_at, rank, doing = min(everyone)

@@ -1,23 +1,21 @@
-"""The loader with DALI: images, bad data at run time, resume."""
+"""The loader: its ranks, its restarts, bad data at run time."""
 
-import io
+import hashlib
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from laclip.config import DataConfig
 from laclip.dataset import open_dataset
-from laclip.images import NORMALIZATION, DecodeError, ImagePipeline
 from laclip.loader import DataError, Loader
 from laclip.tokenizer import load_tokenizer
 
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
 CPU = torch.device("cpu")
-FILTERS = {"cubic": Image.Resampling.BICUBIC, "linear": Image.Resampling.BILINEAR}
 
 
 def loader(folder=EMOJI / "train", data=None, **values):
@@ -32,145 +30,59 @@ def loader(folder=EMOJI / "train", data=None, **values):
     return Loader([open_dataset(folder)], data, load_tokenizer(), **{**settings, **values})
 
 
-def levels(images, normalize="openai"):
-    """Normalized images back in levels of 255."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in NORMALIZATION[normalize])
-    return (images * std + mean) * 255
+EPOCH = 26  # batches of 128: past the end of the 3,070 samples
 
 
-def photograph(width, height, seed):
-    """A JPEG with smooth shading, edges and texture, and the picture that PIL decodes from it."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (height // 24, width // 24, 3), dtype=np.uint8))
-    picture = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    picture[height // 3 : height // 2, width // 4 : width // 2] //= 2
-    picture += rng.integers(-6, 7, picture.shape)
-    buffer = io.BytesIO()
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
-    return np.frombuffer(buffer.getvalue(), np.uint8), Image.open(buffer).convert("RGB")
+def hashes(batch, keys):
+    """A hash of all that training sees of a sample, for each sample of a batch."""
+    return [
+        hashlib.sha256(
+            b"|".join(
+                [
+                    keys[batch.samples[i]].encode(),
+                    batch.drawn_variants[i].tobytes(),
+                    batch.token_ids[i].numpy().tobytes(),
+                    batch.images[i].numpy().tobytes(),  # and so the window and the flip
+                ]
+            )
+        ).hexdigest()
+        for i in range(len(batch.samples))
+    ]
 
 
-@pytest.mark.parametrize("interpolation", ["cubic", "linear"])
-def test_training_images_are_those_of_pil(interpolation):
-    encoded, pictures = zip(*(photograph(400 + 30 * i, 300 + 20 * i, i) for i in range(6)))
-    windows = np.array([[7, 11, 350, 260], [0, 0, 100, 200], [50, 60, 224, 224]] * 2, np.int32)
-    mirrors = np.array([0, 1] * 3, np.uint8)
-    pipeline = ImagePipeline(
-        batch_size=6, image_size=224, interpolation=interpolation, train=True, device=CPU
-    )
-    pipeline.feed(list(encoded), windows, mirrors)
-    images = levels(pipeline.take())
-    for image, picture, (x, y, w, h), mirror in zip(images, pictures, windows, mirrors):
-        expected = picture.crop((x, y, x + w, y + h)).resize((224, 224), FILTERS[interpolation])
-        if mirror:
-            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        difference = np.abs(image.permute(1, 2, 0).numpy() - np.asarray(expected, np.float32))
-        assert difference.mean() < 1
+def epoch_hashes(world_size, restarts, **data):
+    """The hashes of an epoch's global batches; at each restart all ranks begin anew."""
+    dataset = open_dataset(EMOJI / "train")
+    keys = [key for shard in range(len(dataset.shards)) for key in dataset.samples(shard).keys()]
+    found = []
+    for begin, end in itertools.pairwise([0, *restarts, EPOCH]):
+        ranks = [
+            loader(
+                data=DataConfig(flip=True, window_shards=2, **data),
+                global_batch_size=128,
+                image_size=24,
+                rank=rank,
+                world_size=world_size,
+                start=begin,
+            )
+            for rank in range(world_size)
+        ]
+        for index in range(begin, end):
+            parts = [next(rank) for rank in ranks]
+            assert {part.index for part in parts} == {index}
+            found.append([h for part in parts for h in hashes(part, keys)])
+    return found
 
 
-def test_evaluation_images_are_those_of_pil():
-    sizes = ((500, 300), (320, 480), (224, 224), (333, 251), (225, 224), (229, 224), (100, 90))
-    encoded, pictures = zip(*(photograph(w, h, w) for w, h in sizes))
-    pipeline = ImagePipeline(batch_size=len(sizes), image_size=224, train=False, device=CPU)
-    pipeline.feed(list(encoded))
-    for image, picture in zip(levels(pipeline.take()), pictures):
-        # torchvision's Resize and CenterCrop
-        size = [int(224 * side / min(picture.size)) for side in picture.size]
-        resized = picture.resize(size, Image.Resampling.BICUBIC)
-        x, y = (round((side - 224) / 2) for side in size)
-        expected = np.asarray(resized.crop((x, y, x + 224, y + 224)), np.float32)
-        difference = np.abs(image.permute(1, 2, 0).numpy() - expected)
-        assert difference.mean() < 1
-
-
-def test_normalization_can_be_imagenets():
-    encoded, _ = photograph(300, 300, 0)
-    images = []
-    for normalize in NORMALIZATION:
-        pipeline = ImagePipeline(
-            batch_size=1, image_size=64, normalize=normalize, train=False, device=CPU
-        )
-        pipeline.feed([encoded])
-        images.append(levels(pipeline.take(), normalize))
-    assert (images[0] - images[1]).abs().max() < 1e-2
-
-
-def test_undecodable_images_are_named_and_the_pipeline_goes_on():
-    good = [photograph(200, 150, i)[0] for i in range(8)]
-    gif = io.BytesIO()
-    Image.new("RGB", (40, 40)).save(gif, "GIF")
-    bad = list(good)
-    bad[1] = np.frombuffer(gif.getvalue(), np.uint8)
-    bad[4] = np.zeros(0, np.uint8)
-    bad[6] = good[6][:300]
-    windows = np.tile(np.array([[0, 0, 150, 150]], np.int32), (8, 1))
-    mirrors = np.zeros(8, np.uint8)
-    pipeline = ImagePipeline(batch_size=8, image_size=64, train=True, device=CPU)
-    pipeline.feed(good, windows, mirrors)
-    expected = pipeline.take()
-    for _ in range(2):
-        pipeline.feed(bad, windows, mirrors)
-        pipeline.feed(good, windows, mirrors)
-        with pytest.raises(DecodeError) as error:
-            pipeline.take()
-        assert sorted(error.value.reasons) == [1, 4, 6]
-        assert all(error.value.reasons.values())
-        pipeline.replace({i: good[i] for i in (1, 4, 6)}, windows, mirrors)
-        assert torch.equal(pipeline.take(), expected)
-        assert torch.equal(pipeline.take(), expected)
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_damaged_headers_in_batches_in_flight_never_crash(train):
-    # A header that does not parse once ended the process: see ImagePipeline._build.
-    good = [photograph(120, 100, i)[0] for i in range(32)]
-    windows = np.tile(np.array([[5, 5, 80, 80]], np.int32), (32, 1))
-    extra = (windows, np.zeros(32, np.uint8)) if train else ()
-    pipeline = ImagePipeline(batch_size=32, image_size=32, train=train, device=CPU)
-    pipeline.feed(good, *extra)
-    expected = pipeline.take()
-    rng = np.random.default_rng(0)
-    failures = 0
-    for _ in range(25):
-        damaged = list(good)
-        for position in rng.choice(32, 3, replace=False):
-            image = good[position].copy()
-            image[rng.integers(0, 600, 3)] = rng.integers(0, 256, 3)
-            damaged[position] = image[: rng.integers(20, len(image))]
-        pipeline.feed(good, *extra)
-        pipeline.feed(damaged, *extra)
-        assert torch.equal(pipeline.take(), expected)
-        pipeline.feed(good, *extra)
-        try:
-            pipeline.take()
-        except DecodeError as error:
-            failures += 1
-            assert len(error.reasons) <= 3
-            pipeline.feed(good, *extra)  # leaves the failed batch out
-            assert torch.equal(pipeline.take(), expected)
-        assert torch.equal(pipeline.take(), expected)
-    assert failures > 15
-
-
-def test_a_loader_started_at_k_gives_what_one_from_the_start_gives():
-    straight = loader()
-    batches = [next(straight) for _ in range(6)]
-    later = loader(start=4, data=DataConfig(prefetch=3, reader_threads=1, decode_threads=1))
-    for expected in batches[4:]:
-        batch = next(later)
-        assert batch.index == expected.index
-        assert torch.equal(batch.images, expected.images)
-        assert torch.equal(batch.token_ids, expected.token_ids)
-
-
-def test_two_ranks_give_the_halves_of_one():
-    whole = loader()
-    halves = [loader(rank=rank, world_size=2) for rank in range(2)]
-    for _ in range(3):
-        expected = next(whole)
-        parts = [next(half) for half in halves]
-        assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
-        assert torch.equal(torch.cat([part.token_ids for part in parts]), expected.token_ids)
+def test_ranks_restarts_threads_and_prefetch_change_no_hash_of_an_epoch():
+    expected = epoch_hashes(1, [])
+    assert len({h for batch in expected for h in batch}) > 3070  # the second epoch draws anew
+    for world_size, restarts, data in (
+        (1, [1, 9], {"prefetch": 1, "reader_threads": 1, "decode_threads": 1}),
+        (2, [13], {"prefetch": 3, "reader_threads": 2, "decode_threads": 1}),
+        (4, [], {"prefetch": 2, "reader_threads": 3, "decode_threads": 2}),
+    ):
+        assert epoch_hashes(world_size, restarts, **data) == expected
 
 
 def damage(folder, samples, keep=0.0):
@@ -251,17 +163,28 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_refused():
 
 
 def test_several_datasets_are_one_list(emoji_copy):
+    folders = [EMOJI / "train", emoji_copy]
+    one = open_dataset(folders[0]).num_samples
     both = Loader(
-        [open_dataset(EMOJI / "train"), open_dataset(emoji_copy)],
+        [open_dataset(folder) for folder in folders],
         DataConfig(),
         load_tokenizer(),
         seed=0,
-        global_batch_size=64,
-        image_size=32,
+        global_batch_size=307,
+        image_size=16,
         context_length=32,
         device=CPU,
     )
-    one = open_dataset(EMOJI / "train").num_samples
     assert both.num_samples == 2 * one
-    samples = np.concatenate([next(both).samples for _ in range(4)])
-    assert (samples < one).any() and (samples >= one).any()
+    batches = [next(both) for _ in range(2 * one // 307)]
+    samples = np.concatenate([batch.samples for batch in batches])
+    assert sorted(samples) == list(range(2 * one))  # an epoch holds each of both once
+    mixed = [batch for batch in batches if (batch.samples < one).any()]
+    assert any((batch.samples >= one).any() for batch in mixed)
+    # Place one + i in the list is sample i of the second: the same picture and captions here.
+    texts = {}
+    for batch in batches:
+        for sample, variant, ids in zip(batch.samples, batch.drawn_variants, batch.token_ids):
+            texts.setdefault((int(sample) % one, int(variant)), []).append(ids.tolist())
+    twice = [found for found in texts.values() if len(found) == 2]
+    assert len(twice) > 300 and all(a == b for a, b in twice)

@@ -124,7 +124,7 @@ def test_headers_are_read_as_pillow_reads_them(data, kind, flags):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_exif_orientation_is_read(orientation, kind):
     exif = Image.Exif()
     exif[0x010F] = "a camera's maker"

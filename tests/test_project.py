@@ -10,7 +10,7 @@ FLOORS = [
     {"kernels", "_native", "text_clean", "attention"},
     {
         *("config", "model", "tokenizer", "dataset", "images", "optimizer", "parallel"),
-        *("metrics", "convert", "flops"),
+        *("metrics", "convert", "flops", "text_files"),
     },
     {
         *("loader", "evaluation", "checkpoint", "plan", "report", "prepare", "rewrite"),

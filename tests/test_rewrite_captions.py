@@ -55,6 +55,11 @@ def test_half_a_character_is_replaced(tmp_path):
     assert list(open_captions(tmp_path / "a.jsonl")[0].read()) == [("k", "a \ufffd dog")]
 
 
+def test_the_mark_that_spreadsheets_write_hides_no_key(tmp_path):
+    (tmp_path / "a.csv").write_text("\ufeffkey,caption\nk,one\n")
+    assert list(open_captions(tmp_path / "a.csv")[0].read()) == [("k", "one")]
+
+
 def test_rows_without_a_key_have_their_numbers(tmp_path):
     (tmp_path / "a.csv").write_text("url,title\nu,one\nv,two\n")
     assert list(open_captions(tmp_path / "a.csv")[0].read()) == [("0", "one"), ("1", "two")]
@@ -83,7 +88,7 @@ def test_a_folder_gives_its_files_of_one_kind(tmp_path):
     [
         ("a.jsonl", b'{"key": "1", "caption": "x"}\n{"key": 2, "caption": "x"}\n', "line 2: found"),
         ("a.jsonl", b'["key"]\n', "line 1: found"),
-        ("a.txt", b"fine\ncaf\xe9\n", "line 2: not UTF-8"),
+        ("a.txt", b"fine\ncaf\xe9\n", "line 2, byte 8: not UTF-8"),
         ("a.csv", b"key,words\n1,x\n", "columns"),
         ("a.csv", b"key,text\n1\n", "line 2: 1 cells"),
         ("a.csv", b'key,text\n1,"x\n', "unexpected end"),

@@ -88,7 +88,7 @@ def requests(number):
         yield Request(None, i, f"k{i}", f"caption number {i}", *prompts.draw(f"k{i}", 0))
 
 
-def engine(*urls, chat=False, in_flight=8, timeout_seconds=1.0):
+def engine(*urls, chat=False, in_flight=8, timeout_seconds=60.0):
     return Servers(
         list(urls),
         "a-model",
@@ -127,7 +127,9 @@ FAULTS = ["close", "cut", "slow", 429, 500, 503, b"", b"nonsense", b"[]", b'{"ch
 def test_a_fault_now_and_then_costs_no_caption_and_doubles_none(fault, serve):
     every = 20 if fault == "slow" else 3
     server = serve(lambda number, caption: fault if number % every == 1 else None)
-    assert_each_answered_once(list(engine(server.url).answers(requests(60))), 60)
+    patience = 1.0 if fault == "slow" else 60.0
+    answers = list(engine(server.url, timeout_seconds=patience).answers(requests(60)))
+    assert_each_answered_once(answers, 60)
 
 
 def test_all_servers_take_part_and_a_dead_one_is_done_without(serve):
@@ -145,7 +147,7 @@ def test_many_requests_are_in_flight_at_once(serve):
     def fault(number, caption):
         barrier.wait(60)
 
-    answers = list(engine(serve(fault).url, in_flight=16, timeout_seconds=99).answers(requests(64)))
+    answers = list(engine(serve(fault).url, in_flight=16).answers(requests(64)))
     assert_each_answered_once(answers, 64)
 
 
@@ -153,6 +155,22 @@ def test_many_requests_are_in_flight_at_once(serve):
 def test_a_server_that_refuses_everything_ends_the_run_with_its_words(status, serve):
     with pytest.raises(ValueError, match=f"/completions: {status} .*no, "):
         list(engine(serve(lambda number, caption: status).url).answers(requests(100)))
+
+
+def test_failures_are_told_once_in_a_while(serve, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(lambda number, caption: 503 if number % 3 == 1 else None)
+    assert_each_answered_once(list(engine(server.url).answers(requests(60))), 60)
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if "trying again after a failure" in line]
+    assert f"{server.url}: 503" in line and KEY not in said
+
+
+def test_a_request_waits_before_it_is_tried_again_however_idle_the_client_is(serve):
+    ill_until = time.monotonic() + 0.5  # of 8 tries without a pause none would be left
+    server = serve(lambda number, caption: 503 if time.monotonic() < ill_until else None)
+    assert_each_answered_once(list(engine(server.url, in_flight=16).answers(requests(1))), 1)
+    assert len(server.bodies) <= 8
 
 
 def test_when_no_server_answers_any_more_the_run_ends(serve):

@@ -18,8 +18,9 @@ _STYLE = """
 :root { color-scheme: light dark; --soft: #8882; --bar: #1f5fa8; --other: #d08a2e }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; width: 100% } td, th { padding: .35rem .7rem; text-align: right }
-td, th { border-bottom: 1px solid var(--soft); vertical-align: top }
+table { border-collapse: collapse; width: 100%; margin-bottom: 1.4rem }
+td, th { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--soft) }
+td, th { vertical-align: top }
 td:first-child, th:first-child, td.left, th.left { text-align: left } .soft { opacity: .7 }
 .bar { height: .6rem; background: var(--bar); border-radius: 2px; margin: 1px 0 }
 .bar.other { background: var(--other) } td.wide { width: 60% }
@@ -57,7 +58,7 @@ def write_page(folder: Path, finished: list[dict]) -> Path:
         ]
     measured = [entry for entry in rewrites + rejects if "similarity" in entry]
     if measured:
-        parts += ["<h2>Similarity in meaning</h2>", _similarity(measured, job["min_similarity"])]
+        parts += ["<h2>Similarity in meaning</h2>", _similarity(measured, job)]
     if rewrites:
         parts += ["<h2>Samples</h2>"]
         parts += [_samples(rewrites, ("source", "text"), ("Caption", "Rewrite"))]
@@ -132,7 +133,8 @@ def _figures(pairs: list[tuple[str, str]]) -> str:
     return (
         "<table><tr><th>Texts<th>Words a text<th>Vocabulary<th>Distinct words<th>Distinct pairs"
         f"<th>Distinct triples{''.join(rows)}</table><p>Words that a caption and its rewrite "
-        f"share, of all words of the two: {mean:.1%} on average.</p>"
+        f"share, of all words of the two: {mean:.1%} on average. Distinct: "
+        "different words, pairs or triples for each one that there is.</p>"
     )
 
 
@@ -145,10 +147,10 @@ def _lengths(pairs: list[tuple[str, str]]) -> str:
             for side in (0, 1)
         ]
         rows.append(_bars(f"{low} to {high - 1}" if high < 10**9 else f"{low} and more", shares))
-    return f"<table>{''.join(rows)}</table>"
+    return f"<table><tr><th>Words<th><th>Captions<th>Rewrites{''.join(rows)}</table>"
 
 
-def _similarity(entries: list[dict], least: float | None) -> str:
+def _similarity(entries: list[dict], job: dict) -> str:
     """Mean, distribution and the farthest of what an encoder measured."""
     ordered = sorted(entries, key=lambda entry: entry["similarity"])
     values = [entry["similarity"] for entry in ordered]
@@ -158,16 +160,22 @@ def _similarity(entries: list[dict], least: float | None) -> str:
         for i in range(min(tenths), 10)
     ]
     low, middle, high = (values[int(share * (len(values) - 1))] for share in (0.05, 0.5, 0.95))
-    told = f"Mean {sum(values) / len(values):.3f}, median {middle:.3f}; nine in ten lie between "
-    told += f"{low:.3f} and {high:.3f}. "
-    told += "All answers with words, accepted or not" if least is None else f"Least: {least}"
+    told = f"Cosine by {Path(job['encoder']).name} of all answers, rejected ones too: "
+    told += f"mean {sum(values) / len(values):.3f}, median {middle:.3f}; nine in ten lie between "
+    told += f"{low:.3f} and {high:.3f}."
+    if job["min_similarity"] is not None:
+        told += f" Below {job['min_similarity']} they are rejected."
     rows = [
         f"<tr><td class=left>{html.escape(entry['source'][:400])}"
-        f"<td class=left>{html.escape(entry['text'][:400])}<td>{entry['similarity']:.3f}"
-        for entry in ordered[:FARTHEST]
+        f"<td class=left>{html.escape(entry['text'][:400])}<td>{entry.get('reason', '')}"
+        f"<td>{entry['similarity']:.3f}"
+        for entry in ordered[: min(FARTHEST, max(5, len(ordered) // 10))]
     ]
-    head = "<tr><th class=left>Farthest captions<th class=left>Answers<th>Similarity"
-    return f"<p>{told}.</p><table>{''.join(bars)}</table><table>{head}{''.join(rows)}</table>"
+    head = "<tr><th>Farthest captions<th class=left>Answers<th>Reason<th>Similarity"
+    return (
+        f"<p>{html.escape(told)}</p><table><tr><th>Cosine<th><th>Answers{''.join(bars)}</table>"
+        f"<table>{head}{''.join(rows)}</table>"
+    )
 
 
 def _bars(name: str, shares: list[float]) -> str:

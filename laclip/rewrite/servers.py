@@ -8,7 +8,9 @@ import http.client
 import json
 import os
 import queue
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +21,7 @@ from laclip.rewrite.engine import Answer, Request, Sampling, first_line
 KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 8  # of one request, over all servers
 LONGEST_PAUSE_SECONDS = 60.0
+TOLD_SECONDS = 30.0  # between two lines about failures
 _REFUSED = (400, 413, 422)  # fault of the request
 _FATAL = (401, 403, 404, 405)  # no request will ever succeed
 
@@ -45,10 +48,13 @@ class Servers:
         if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
             raise ValueError(f"{KEY_VARIABLE}: expected one word of ASCII characters")
         self._waiting: deque[Request] = deque()
+        # When to try again, and by another server than which.
+        self._later: list[tuple[float, str, Request]] = []
         self._wake = threading.Condition()
         self._closed = False
         self._succeeded = False
         self._failures = 0  # since the last answer
+        self._told = -TOLD_SECONDS
 
     def answers(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Answer]]:
         """Every request with its answer, in the order in which answers come.
@@ -84,6 +90,7 @@ class Servers:
             with self._wake:
                 self._closed = True
                 self._waiting.clear()
+                self._later.clear()
                 self._wake.notify_all()
 
     def _work(self, url: str, results: queue.SimpleQueue) -> None:
@@ -94,10 +101,9 @@ class Servers:
             with self._wake:
                 if pause and not self._closed:
                     self._wake.wait_for(lambda: self._closed, timeout=pause)
-                self._wake.wait_for(lambda: self._closed or self._waiting)
-                if self._closed:
-                    break
-                request = self._waiting.popleft()
+                request = self._next(url)
+            if request is None:
+                break
             try:
                 connection = connection or self._connect(url)
                 answer = self._ask(connection, url, request)
@@ -110,7 +116,7 @@ class Servers:
                 connection = None
                 pause = min(max(2 * pause, self.first_pause_seconds), LONGEST_PAUSE_SECONDS)
                 pause = max(pause, getattr(error, "pause_seconds", 0.0))
-                self._again(request, f"{url}: {error or type(error).__name__}", results)
+                self._again(request, url, str(error) or type(error).__name__, results)
             except Exception as error:  # ours to mend, but not to hang on
                 results.put(error)
                 break
@@ -120,19 +126,39 @@ class Servers:
         if connection is not None:
             connection.close()
 
-    def _again(self, request: Request, reason: str, results: queue.SimpleQueue) -> None:
+    def _next(self, url: str) -> Request | None:
+        """Waits for a request whose time has come (with the lock held); None when closed."""
+        alone = len(set(self.urls)) == 1
+        while not self._closed:
+            now = time.monotonic()
+            failed = [item for item in self._later if alone or item[1] != url]
+            first = min(failed, key=lambda item: item[0], default=None)
+            if first and first[0] <= now:
+                self._later.remove(first)
+                return first[2]
+            if self._waiting:
+                return self._waiting.popleft()
+            self._wake.wait(first[0] - now if first else None)
+        return None
+
+    def _again(self, request: Request, url: str, reason: str, results: queue.SimpleQueue) -> None:
         request.tries += 1
-        reason = self._hidden(reason)
+        reason = self._hidden(f"{url}: {reason}")
         with self._wake:
             self._failures += 1
+            if time.monotonic() - self._told >= TOLD_SECONDS:
+                self._told = time.monotonic()
+                print(f"\nrewrite: trying again after a failure: {reason}", file=sys.stderr)
             # Each thread failed a request as often as it may, and no answer came in between.
             if self._failures > TRIES * self.in_flight * len(self.urls):
                 results.put(ValueError(f"no server answers any more. Last: {reason}"))
             elif request.tries >= TRIES:
                 results.put((request, Answer(reason, failed=True)))
             else:
-                self._waiting.append(request)
-                self._wake.notify()
+                pause = self.first_pause_seconds * 2 ** (request.tries - 1)
+                when = time.monotonic() + min(pause, LONGEST_PAUSE_SECONDS)
+                self._later.append((when, url, request))
+                self._wake.notify_all()
 
     def _connect(self, url: str) -> http.client.HTTPConnection:
         parts = urlsplit(url)

@@ -1,0 +1,132 @@
+"""Lines of text files, and texts by key from JSONL, CSV and Parquet."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+csv.field_size_limit(1 << 27)
+# Half of a character, as JSON's escapes may bring it: no tokenizer or file takes it.
+_HALF = re.compile("[\ud800-\udfff]")
+_Row = tuple[int, Any, Any]  # number from 0, key or None, text or None
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 text, without their ends. Only \\n and \\r\\n end a line."""
+    at = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}: line {number}, byte {at + error.start}: not UTF-8. If it is Latin-1: "
+                    f"iconv -f latin1 -t utf8 {path.name} > NEW"
+                ) from None
+            at += len(line)
+            if number == 1:
+                text = text.removeprefix("\ufeff")  # as spreadsheets write it
+            yield text.removesuffix("\n").removesuffix("\r")
+
+
+def read_csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line where it ends, cells) of every record; quoted cells may hold commas and newlines."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such CSV file")
+    reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
+
+
+def read_keyed(
+    path: Path, text_names: tuple[str, ...], *, key_needed: bool
+) -> Iterator[tuple[str, str]]:
+    """(key, text) of every row of a .jsonl, .csv or .parquet file.
+
+    Fields and columns are `key` and the first of text_names that is there. Unless key_needed, a
+    row without a key gets its number, from 0. Nulls in Parquet are passed over. Raises ValueError
+    with file and line for what is unfit.
+    """
+    rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix]
+    for number, key, text in rows(path, text_names, key_needed):
+        if text is not None and not (key is None and key_needed):
+            yield str(number if key is None else key), str(text)
+
+
+def open_parquet(path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not Parquet ({error})") from None
+
+
+def _json_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iterator[_Row]:
+    for number, line in enumerate(read_lines(path)):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            text = next(entry[name] for name in text_names if name in entry)
+            key = entry["key"] if key_needed else entry.get("key", str(number))
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+            key = text = None
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise ValueError(
+                f'{path}: line {number + 1}: found {line[:80]!r}, expected {{"key": "...", '
+                f'"{text_names[0]}": "..."}}'
+            )
+        yield number, _HALF.sub("\ufffd", key), _HALF.sub("\ufffd", text)
+
+
+def _csv_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iterator[_Row]:
+    columns = None
+    for number, (line, row) in enumerate(read_csv_rows(path), -1):
+        if columns is None:
+            columns = _columns(path, row, text_names, key_needed)
+            continue
+        if len(row) <= max(columns):
+            raise ValueError(f"{path}: line {line}: {len(row)} cells, fewer than its first row")
+        key_column, text_column = columns
+        key = row[key_column] if key_column >= 0 else None
+        yield number, key, row[text_column].removesuffix("\n")
+
+
+def _parquet_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iterator[_Row]:
+    with open_parquet(path) as file:
+        names = file.schema_arrow.names
+        key_column, text_column = _columns(path, names, text_names, key_needed)
+        number = 0
+        for batch in file.iter_batches(
+            columns=[names[i] for i in (text_column, key_column) if i >= 0]
+        ):
+            texts = batch.column(names[text_column]).to_pylist()
+            keys = (
+                batch.column(names[key_column]).to_pylist()
+                if key_column >= 0
+                else [None] * len(texts)
+            )
+            for key, text in zip(keys, texts, strict=True):
+                yield number, key, text
+                number += 1
+
+
+def _columns(
+    path: Path, names: list[str], text_names: tuple[str, ...], key_needed: bool
+) -> tuple[int, int]:
+    """Where key (-1: nowhere) and text stand."""
+    lower = [name.strip().lower() for name in names]
+    texts = [lower.index(name) for name in text_names if name in lower]
+    if not texts or (key_needed and "key" not in lower):
+        wanted = text_names[0] if len(text_names) == 1 else f"one of {', '.join(text_names)}"
+        wanted = f"key and {wanted}" if key_needed else f"{wanted} and perhaps key"
+        raise ValueError(f"{path}: columns {names[:8]}, expected {wanted}")
+    return (lower.index("key") if "key" in lower else -1), texts[0]

@@ -1,0 +1,243 @@
+"""Bad data at run time, case by case: what docs/data.md says the loader does with it."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from laclip.config import DataConfig
+from laclip.dataset import REASONS, open_dataset
+from laclip.loader import DataError, Loader
+from laclip.prepare.index import index
+from laclip.prepare.tokenize import tokenize
+from laclip.tokenizer import load_tokenizer
+
+SAMPLES, BATCH, VICTIM = 48, 16, 29
+
+
+def encode(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(number, size=(90, 70)):
+    rng = np.random.default_rng(number)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC)
+
+
+def write_tar(path, images):
+    with tarfile.open(path, "w") as tar:
+        for number, (name, data) in enumerate(images):
+            for member, content in ((name, data), (f"{number:05}.txt", b"a picture of noise")):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A data set of small photographs; dataset(name, data): with another image in one place."""
+
+    def build(name=f"{VICTIM:05}.jpg", data=None):
+        images = [(f"{i:05}.jpg", encode(picture(i))) for i in range(SAMPLES)]
+        if data is not None:
+            images[VICTIM] = (name, data)
+        folder = tmp_path / "dataset"
+        folder.mkdir()
+        write_tar(folder / "00000.tar", images)
+        index(folder)
+        tokenize(folder)
+        return folder
+
+    return build
+
+
+def batches(folder, log=None, **data):
+    """An epoch of batches: samples and images."""
+    loader = Loader(
+        [open_dataset(folder)],
+        DataConfig(max_bad_fraction=0.1, **data),
+        load_tokenizer(),
+        seed=1,
+        global_batch_size=BATCH,
+        image_size=32,
+        context_length=16,
+        device=torch.device("cpu"),
+        bad_log=log,
+    )
+    return [next(loader) for _ in range(SAMPLES // BATCH)]
+
+
+def record_of(folder):
+    return open_dataset(folder).samples(0).records[VICTIM]
+
+
+def overwrite(folder, change):
+    """Change the victim's bytes in the tar after it was indexed; its length stays."""
+    record = record_of(folder)
+    with (folder / "00000.tar").open("r+b") as tar:
+        tar.seek(int(record["offset"]))
+        data = bytearray(tar.read(int(record["bytes"])))
+        change(data)
+        assert len(data) == record["bytes"]
+        tar.seek(int(record["offset"]))
+        tar.write(data)
+
+
+def assert_victim_alone_is_replaced(expected, found):
+    """Every other sample is what it was, to the last bit, and the substitute is another one."""
+    for before, after in zip(expected, found):
+        hit = before.samples == VICTIM
+        assert (before.samples[~hit] == after.samples[~hit]).all()
+        assert torch.equal(before.images[~hit], after.images[~hit])
+        assert torch.equal(before.token_ids[~hit], after.token_ids[~hit])
+        assert VICTIM not in after.samples
+        assert len(set(after.samples)) == BATCH
+        assert after.substitutes == hit.sum()
+    assert sum(batch.substitutes for batch in found) == 1
+
+
+def tail_of_zeros(data):
+    data[len(data) * 2 // 3 :] = bytes(len(data) - len(data) * 2 // 3)
+
+
+def all_zeros(data):
+    data[:] = bytes(len(data))
+
+
+def a_gif(data):
+    gif = encode(picture(0, (5, 4)), "GIF")[: len(data)]
+    data[: len(gif)] = gif
+
+
+def another_size(data):
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 2] = (7).to_bytes(2, "big")
+
+
+def broken_huffman_table(data):
+    at = data.index(b"\xff\xc4") + 5
+    data[at : at + 16] = b"\xff" * 16
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (tail_of_zeros, "the file is cut short"),
+        (all_zeros, "its header is not what the index says"),
+        (a_gif, "its header is not what the index says"),
+        (another_size, "its header is not what the index says"),
+        (broken_huffman_table, "Failed to decode sample"),
+    ],
+)
+def test_what_went_bad_since_indexing_costs_one_image(dataset, tmp_path, change, reason):
+    folder = dataset()
+    expected = batches(folder)
+    overwrite(folder, change)
+    log = tmp_path / "bad_samples.jsonl"
+    assert_victim_alone_is_replaced(expected, batches(folder, log))
+    (line,) = log.read_text().splitlines()
+    record = json.loads(line)
+    assert record == {
+        "shard": str(folder / "00000.tar"),
+        "key": f"{VICTIM:05}",
+        "sample": VICTIM,
+        "reason": reason,
+    }
+
+
+def huge_png():
+    """30,000 x 30,000 by its header; there are no pixels, so that decoding it would fail."""
+    data = bytearray(encode(picture(0), "PNG"))
+    data[16:24] = (30_000).to_bytes(4, "big") * 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "image of zero bytes"),
+        (encode(picture(1), "GIF"), "image kind is not JPEG, PNG or WebP"),
+        (encode(picture(1))[:40], "broken image header"),
+        (huge_png(), "image too large"),
+    ],
+)
+def test_what_the_index_flags_is_never_read(dataset, tmp_path, data, reason):
+    folder = dataset(data=data)
+    assert REASONS[record_of(folder)["reason"]] == reason
+    log = tmp_path / "bad_samples.jsonl"
+    found = batches(folder, log)
+    assert sum(batch.substitutes for batch in found) == 1
+    assert not any(VICTIM in batch.samples for batch in found)
+    assert not log.exists()  # known before the run
+
+
+def test_an_image_above_max_pixels_is_refused_before_decoding(dataset, tmp_path):
+    folder = dataset(data=encode(picture(1, (200, 180)), "PNG")[:-40])  # decoding it would fail
+    log = tmp_path / "bad_samples.jsonl"
+    found = batches(folder, log, max_pixels=200 * 180 - 1)
+    assert sum(batch.substitutes for batch in found) == 1 and not log.exists()
+    batches(folder, log, max_pixels=200 * 180)
+    assert "cut short" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        (f"{VICTIM:05}.png", encode(picture(1))),  # a JPEG under a wrong name
+        (f"{VICTIM:05}.jpg", encode(picture(1), "WEBP")),
+        (f"{VICTIM:05}.jpg", encode(picture(1).convert("CMYK"))),
+        (f"{VICTIM:05}.png", encode(picture(1, (1, 1)), "PNG")),
+        (f"{VICTIM:05}.jpg", encode(picture(1)) + bytes(700)),  # other data behind the end
+    ],
+)
+def test_odd_but_whole_images_are_used(dataset, tmp_path, name, data):
+    log = tmp_path / "bad_samples.jsonl"
+    found = batches(dataset(name, data), log)
+    assert sum(batch.substitutes for batch in found) == 0 and not log.exists()
+    assert sum((batch.samples == VICTIM).sum() for batch in found) == 1
+
+
+def test_a_shard_that_was_replaced_is_refused(dataset):
+    folder = dataset()
+    write_tar(folder / "00000.tar", [("00000.jpg", encode(picture(7)))])
+    with pytest.raises(DataError, match=r"00000\.tar' has size in bytes .*Run: laclip index"):
+        batches(folder)
+
+
+def test_a_shard_replaced_by_one_of_the_same_size_is_noticed(dataset):
+    folder = dataset()
+    images = [(f"{i:05}.jpg", encode(picture(i + 100, (90, 71)))) for i in range(SAMPLES)]
+    path = folder / "00000.tar"
+    size = path.stat().st_size
+    write_tar(path, images)
+    with path.open("r+b") as tar:
+        tar.truncate(size)
+    with pytest.raises(DataError, match=r"data\.max_bad_fraction: .* of the first"):
+        batches(folder)
+
+
+def test_a_shard_cut_short_while_it_is_read_ends_the_run(dataset):
+    folder = dataset()
+    loader = Loader(
+        [open_dataset(folder)],
+        DataConfig(prefetch=1),
+        load_tokenizer(),
+        seed=1,
+        global_batch_size=BATCH,
+        image_size=32,
+        context_length=16,
+        device=torch.device("cpu"),
+    )
+    next(loader)
+    with (folder / "00000.tar").open("r+b") as tar:
+        tar.truncate(2000)
+    with pytest.raises(DataError, match=r"00000\.tar' ends inside sample \d+: it was cut short"):
+        for _ in range(SAMPLES // BATCH):
+            next(loader)

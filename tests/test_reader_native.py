@@ -1,0 +1,65 @@
+"""The batch reader under the thread sanitizer, and when reads fail."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from laclip.dataset import open_dataset
+
+TESTS = Path(__file__).parent
+TRAIN = TESTS.parent / "examples" / "emoji" / "train"
+
+READ = f"""
+from laclip import _native
+from laclip.dataset import open_dataset
+from laclip.loader import shard_files
+options = _native.ReaderOptions()
+options.global_batch_size, options.threads = 64, 1
+reader = _native.BatchReader(shard_files(open_dataset({str(TRAIN)!r})), options)
+print(sum(reader.next().bytes.tolist()))
+"""
+
+
+def test_threads_and_ranks_under_the_thread_sanitizer(build_native, tmp_path):
+    dataset = open_dataset(TRAIN)
+    lines = [
+        f"{TRAIN / shard.stem} {shard.samples} {len(dataset.variants)} {shard.samples_checksum} "
+        f"{shard.captions_checksum} {dataset.tokenizer}"
+        for shard in dataset.shards
+    ]
+    (tmp_path / "shards").write_text("\n".join(lines))
+    printed = build_native("thread", "threads_reader", tmp_path / "shards")
+    assert printed == "threads_reader: 240 batches, 0 wrong\n"
+
+
+@pytest.fixture(scope="module")
+def read_with_failures(tmp_path_factory):
+    library = tmp_path_factory.mktemp("library") / "fail_reads.so"
+    compiler = shutil.which("c++") or shutil.which("g++")
+    source = TESTS / "csrc" / "fail_reads.cpp"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+
+    def read(failures):
+        environment = {**os.environ, "LD_PRELOAD": str(library), "FAIL_READS": str(failures)}
+        return subprocess.run(
+            [sys.executable, "-c", READ], env=environment, capture_output=True, text=True
+        )
+
+    return read
+
+
+def test_a_read_that_fails_is_tried_again(read_with_failures):
+    clean, failing = read_with_failures(0), read_with_failures(3)
+    assert clean.returncode == failing.returncode == 0, failing.stderr
+    assert int(clean.stdout) > 0 and clean.stdout == failing.stdout
+
+
+def test_a_read_that_keeps_failing_ends_the_run_and_names_the_sample(read_with_failures):
+    done = read_with_failures(10**6)
+    assert done.returncode != 0
+    assert "0000" in done.stderr and ".tar' cannot be read at sample " in done.stderr
+    assert "after 5 tries: Input/output error" in done.stderr
