@@ -40,7 +40,7 @@ from laclip.parallel import JointError, Ranks, find_ranks, gather_objects, start
 from laclip.report import write_report
 from laclip.run_folder import claim_folder, write_status
 from laclip.tokenizer import Tokenizer, load_tokenizer
-from laclip.train_step import train_step
+from laclip.train_step import LossScale, train_step
 from laclip.watchdog import Watchdog
 
 STOPS = ("stopped by SIGINT", "stopped by SIGTERM", "stopped: its launcher is gone")
@@ -175,7 +175,7 @@ def start_engine(model: CLIP, config: Config, settings: dict[str, Any], ranks: R
     if config.train.precision != "fp32":
         # Under autocast inside the engine parameters stay fp32, logit_scale among them: the
         # engine's own bf16 would round it by up to 3 %.
-        precision = {"bf16": torch.bfloat16}[config.train.precision]
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
         model.forward = torch.autocast(ranks.device.type, precision)(model.forward)  # type: ignore
     if config.train.compile:
         compile_blocks(model)
@@ -248,6 +248,7 @@ def run(
         )
     step = saved_step = state["step"]
     best = best_score(checkpoints)
+    loss_scale = LossScale(config.train.precision, *([state["loss_scale"]] if found else []))
     if ranks.is_first:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         say(
@@ -293,7 +294,7 @@ def run(
         )
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        result = train_step(engine, batch, config, ranks, stage)
+        result = train_step(engine, batch, config, ranks, stage, loss_scale)
         *asked, timed, new_bad, substitutes = (counts := agreed())[: len(STOPS) + 3]
         stopped = next((reason for reason, ranks_asked in zip(STOPS, asked) if ranks_asked), "")
         if new_bad:
@@ -349,6 +350,7 @@ def run(
             watchdog.doing(f"saving step {step}")
             bad = {sample for part in gather_objects(loader.bad_samples) for sample in part}
             content = {"step": step, "datasets": fingerprints, "bad_samples": sorted(bad)}
+            content["loss_scale"] = loss_scale.value, loss_scale.good_steps
             saved_at = time.monotonic()
             try:
                 save_checkpoint(engine, checkpoints, {**content, "score": score}, stage, ranks)

@@ -242,3 +242,48 @@ def test_the_lock_of_a_killed_build_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, output = run(arguments(tmp_path / "run"), check=False)
     assert code == 2 and f"rm '{lock}'" in output and "Traceback" not in output
+
+
+def test_steps_that_are_not_finite_are_logged_and_end_the_run(tmp_path):
+    folder = tmp_path / "run"
+    # The first update throws the weights out of fp32's range.
+    settings = ["optimizer.lr=1e30", "train.max_skipped_steps=3"]
+    code, output = run(arguments(folder, *settings, stage=0), ranks=2, check=False)
+    assert code == 2 and "Traceback" not in output
+    assert output.count("were not finite in 3 steps in a row, the last one step 3") == 1
+    assert [record.get("skipped", False) for record in metrics(folder)] == [False] + 3 * [True]
+    lines = (folder / "skipped_steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        samples = {tuple(sample) for sample in json.loads(line)["samples"]}
+        assert len(samples) == 32
+        assert all(path.endswith(".tar") and key for path, key in samples)
+    assert status(folder)["state"] == "resumable"
+
+
+HANGING = """
+import sys, time, torch.distributed as dist
+from laclip.parallel import find_ranks
+from laclip.watchdog import Watchdog
+import os
+ranks = find_ranks()
+dist.init_process_group("gloo")
+def give_up(reason, report):
+    if report:
+        print(reason, flush=True)
+    os._exit(3)
+with Watchdog(ranks, 3.0, give_up, lambda: None) as watchdog:
+    for batch in range(4):
+        watchdog.doing(f"loading batch {batch}")
+        if (ranks.rank, batch) == (1, 2):
+            time.sleep(60)
+        watchdog.doing(f"in step {batch}")
+        dist.barrier()
+"""
+
+
+def test_the_rank_that_others_wait_for_is_named(tmp_path):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    code, output = run([str(tmp_path / "hanging.py")], ranks=2, check=False)
+    assert code == 3
+    assert re.search(r"^rank 1 has been loading batch 2 for 3 s$", output, re.MULTILINE)
