@@ -20,7 +20,7 @@ from laclip.config import load_config
 from laclip.engine_settings import engine_settings
 from laclip.loader import LoadedBatch
 from laclip.model import build_model
-from laclip.parallel import find_ranks
+from laclip.parallel import JointError, find_ranks
 from laclip.train_step import LossScale, train_step
 
 ROOT = Path(__file__).parent.parent
@@ -234,6 +234,10 @@ def main() -> None:
     laclip.train.connect(configure(), ranks)
     found = {"elastic": run_elastic(ranks, folder)}
     if ranks.world_size == 1:
+        try:
+            fit_checkpoint(*newest_checkpoint(folder / "stage_1", ranks), 2, ranks)
+        except JointError as error:
+            found["refused"] = str(error)
         found["shapes"] = run_shapes(ranks, (0, 16))
     elif ranks.world_size == 2:
         found["shapes"] = run_shapes(ranks, (16,))
