@@ -4,6 +4,7 @@ deepspeed laclip/train.py --deepspeed_config configs/deepspeed/zero1.json [--con
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -146,11 +147,14 @@ def connect(config: Config, ranks: Ranks) -> None:
         built = Path(sys.prefix) / "torch_extensions"  # by requirements/build_deepspeed_op.py
         if built.is_dir():
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
-        lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm_op" / "lock"
-        if lock.exists() and time.time() - lock.stat().st_mtime > 600:
+        lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm" / "lock"
+        with contextlib.suppress(FileNotFoundError):
+            # DeepSpeed would wait for it without an end and without a word.
+            while time.time() - lock.stat().st_mtime < 300:
+                time.sleep(0.1)
             raise ValueError(
-                f"'{lock}' is what a killed build of DeepSpeed's operator left: no build takes ten "
-                f"minutes, and every start would wait for it. Run: rm '{lock}'"
+                f"'{lock}' is five minutes old: a process that was killed while it built or loaded "
+                f"DeepSpeed's operator left it. Run: rm '{lock}'"
             )
         if "OMP_NUM_THREADS" not in os.environ:
             here = int(os.environ.get("LOCAL_SIZE", ranks.world_size))

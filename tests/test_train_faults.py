@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_the_lock_of_a_killed_build_is_named(tmp_path, monkeypatch):
-    lock = tmp_path / "deepspeed_shm_comm_op" / "lock"
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()
     os.utime(lock, (0, 0))
