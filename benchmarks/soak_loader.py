@@ -119,7 +119,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reader", type=int, default=200_000, help="batches of the reader alone")
     parser.add_argument("--loader", type=int, default=20_000, help="batches through DALI")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/soak.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/soak_loader.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -59,8 +59,6 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
                 f"{path}: {key}.enabled is {enabled!r}, but train.precision in the run's TOML is "
                 f'{config.train.precision!r}. Set it to "auto" in {path}'
             )
-    if config.train.precision == "fp16":
-        raise ValueError("train.precision: 'fp16' has no loss scaling yet; use 'bf16' or 'fp32'")
     settings.setdefault("steps_per_print", 10**9)
     settings["zero_allow_untested_optimizer"] = True
     return settings

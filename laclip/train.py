@@ -4,6 +4,7 @@ deepspeed laclip/train.py --deepspeed_config configs/deepspeed/zero1.json [--con
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -40,7 +41,7 @@ from laclip.parallel import JointError, Ranks, find_ranks, gather_objects, start
 from laclip.report import write_report
 from laclip.run_folder import claim_folder, write_status
 from laclip.tokenizer import Tokenizer, load_tokenizer
-from laclip.train_step import train_step
+from laclip.train_step import LossScale, train_step
 from laclip.watchdog import Watchdog
 
 STOPS = ("stopped by SIGINT", "stopped by SIGTERM", "stopped: its launcher is gone")
@@ -146,11 +147,16 @@ def connect(config: Config, ranks: Ranks) -> None:
         built = Path(sys.prefix) / "torch_extensions"  # by requirements/build_deepspeed_op.py
         if built.is_dir():
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
-        lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm_op" / "lock"
-        if lock.exists() and time.time() - lock.stat().st_mtime > 600:
+        lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm" / "lock"
+        with contextlib.suppress(FileNotFoundError):
+            # DeepSpeed would wait for it without an end and without a word.
+            if ranks.is_first and time.time() - lock.stat().st_mtime > 10:
+                say(f"laclip: waiting for who builds DeepSpeed's operator; if nobody: rm '{lock}'")
+            while time.time() - lock.stat().st_mtime < 300:
+                time.sleep(0.1)
             raise ValueError(
-                f"'{lock}' is what a killed build of DeepSpeed's operator left: no build takes ten "
-                f"minutes, and every start would wait for it. Run: rm '{lock}'"
+                f"'{lock}' is five minutes old: a process that was killed while it built or loaded "
+                f"DeepSpeed's operator left it. Run: rm '{lock}'"
             )
         if "OMP_NUM_THREADS" not in os.environ:
             here = int(os.environ.get("LOCAL_SIZE", ranks.world_size))
@@ -175,7 +181,7 @@ def start_engine(model: CLIP, config: Config, settings: dict[str, Any], ranks: R
     if config.train.precision != "fp32":
         # Under autocast inside the engine parameters stay fp32, logit_scale among them: the
         # engine's own bf16 would round it by up to 3 %.
-        precision = {"bf16": torch.bfloat16}[config.train.precision]
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
         model.forward = torch.autocast(ranks.device.type, precision)(model.forward)  # type: ignore
     if config.train.compile:
         compile_blocks(model)
@@ -249,6 +255,7 @@ def run(
         )
     step = saved_step = state["step"]
     best = best_score(checkpoints)
+    loss_scale = LossScale(config.train.precision, *([state["loss_scale"]] if found else []))
     if ranks.is_first:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         say(
@@ -294,7 +301,7 @@ def run(
         )
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        result = train_step(engine, batch, config, ranks, stage)
+        result = train_step(engine, batch, config, ranks, stage, loss_scale)
         *asked, timed, new_bad, substitutes = (counts := agreed())[: len(STOPS) + 3]
         stopped = next((reason for reason, ranks_asked in zip(STOPS, asked) if ranks_asked), "")
         if new_bad:
@@ -350,6 +357,7 @@ def run(
             watchdog.doing(f"saving step {step}")
             bad = {sample for part in gather_objects(loader.bad_samples) for sample in part}
             content = {"step": step, "datasets": fingerprints, "bad_samples": sorted(bad)}
+            content["loss_scale"] = loss_scale.value, loss_scale.good_steps
             saved_at = time.monotonic()
             try:
                 save_checkpoint(engine, checkpoints, {**content, "score": score}, stage, ranks)

@@ -16,6 +16,26 @@ if TYPE_CHECKING:
     from laclip.loader import LoadedBatch
 
 
+class LossScale:
+    """What fp16's gradients are multiplied by, so that small ones are not lost; 1 without fp16.
+
+    It is halved where they overflow, and doubled after 2000 steps in which they did not.
+    """
+
+    def __init__(self, precision: str, saved: tuple[float, int] = (65536.0, 0)):
+        self.active = precision == "fp16"
+        self.value, self.good_steps = saved if self.active else (1.0, 0)
+
+    def update(self, applied: bool) -> None:
+        if not self.active:
+            return
+        self.good_steps = self.good_steps + 1 if applied else 0
+        if not applied:
+            self.value = max(1.0, self.value / 2)
+        elif self.good_steps % 2000 == 0:
+            self.value *= 2
+
+
 class StepResult:
     """What a step gave. Its numbers come from the device when they are asked for."""
 
@@ -43,7 +63,12 @@ class StepResult:
 
 
 def train_step(
-    engine: Any, batch: "LoadedBatch", config: Config, ranks: Ranks, stage: int
+    engine: Any,
+    batch: "LoadedBatch",
+    config: Config,
+    ranks: Ranks,
+    stage: int,
+    loss_scale: LossScale,
 ) -> StepResult:
     """Make one update from this rank's part of a global batch.
 
@@ -75,8 +100,8 @@ def train_step(
         images, _, *scalars = engine(batch.images, None, keys)
         loss = loss_of(images, texts, *scalars)
         result = StepResult(loss, scalars[0], ranks)
-        engine.backward(loss)
-        finish_step(engine, stage, result)
+        backward(engine, loss, stage, loss_scale)
+        finish_step(engine, stage, loss_scale, result)
         return result
     # Feature caching: the features of all micro-batches first, one loss over all of them, then the
     # backward micro-batch by micro-batch: exactly the gradients of the large batch.
@@ -90,23 +115,33 @@ def train_step(
     scalars = [scalar.detach().requires_grad_() for scalar in cached[0][2:]]
     loss = loss_of(images, gathered, *scalars)
     result = StepResult(loss, scalars[0], ranks)
-    loss.backward()
+    (loss * loss_scale.value).backward()
     leaves: list[Any] = [images, texts, *scalars]
     image_gradient, text_gradient, *scalar_gradients = [leaf.grad for leaf in leaves]
     for part in parts:
         part_images, part_texts, *scalars = engine(
             batch.images[part], tokens[..., part, :], keys[part]
         )
-        surrogate = (part_images * image_gradient[part]).sum()
-        surrogate = surrogate + (part_texts * text_gradient[..., part, :]).sum()
+        surrogate = (part_images.float() * image_gradient[part]).sum()
+        surrogate = surrogate + (part_texts.float() * text_gradient[..., part, :]).sum()
         for scalar, gradient in zip(scalars, scalar_gradients):
             surrogate = surrogate + scalar * gradient / len(parts)
-        engine.backward(surrogate, scale_wrt_gas=False)
-        finish_step(engine, stage, result)
+        backward(engine, surrogate / loss_scale.value, stage, loss_scale)
+        finish_step(engine, stage, loss_scale, result)
     return result
 
 
-def finish_step(engine: Any, stage: int, result: StepResult) -> None:
+def backward(engine: Any, loss: torch.Tensor, stage: int, loss_scale: LossScale) -> None:
+    """The backward of one micro-batch; its gradients come out multiplied by the loss scale."""
+    if loss_scale.active and stage > 0:
+        # ZeRO multiplies the loss, and divides the gradients before it clips and updates.
+        engine.optimizer.override_loss_scale(loss_scale.value)
+    elif loss_scale.active:
+        loss = loss * loss_scale.value
+    engine.backward(loss, scale_wrt_gas=False)
+
+
+def finish_step(engine: Any, stage: int, loss_scale: LossScale, result: StepResult) -> None:
     """Step, which updates at the last micro-batch alone, unless a gradient is not finite.
 
     ZeRO looks for such gradients itself. Plain data parallelism (stage 0) does not, and keeps no
@@ -119,11 +154,16 @@ def finish_step(engine: Any, stage: int, result: StepResult) -> None:
         engine.step()
         result.applied = engine.was_step_applied()
         result._norm = engine.get_global_grad_norm()
+        loss_scale.update(result.applied)
         return
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if loss_scale.active:
+        for gradient in gradients:
+            gradient.div_(loss_scale.value)
     result._norm = torch.nn.utils.get_total_norm(gradients)
     result.applied = bool(result._norm.isfinite())
     if not result.applied:
         for parameter in engine.module.parameters():
             parameter.grad = None  # the optimizer passes over parameters without a gradient
     engine.step()
+    loss_scale.update(result.applied)

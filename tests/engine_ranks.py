@@ -20,8 +20,8 @@ from laclip.config import load_config
 from laclip.engine_settings import engine_settings
 from laclip.loader import LoadedBatch
 from laclip.model import build_model
-from laclip.parallel import find_ranks
-from laclip.train_step import train_step
+from laclip.parallel import JointError, find_ranks
+from laclip.train_step import LossScale, train_step
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY, EOT, CONTEXT, SIZE = 64, 63, 8, 16
@@ -95,12 +95,13 @@ def weights(engine, stage) -> dict[str, torch.Tensor]:
 def train(engine, config, stage, ranks, steps, spoil=lambda batch: None) -> list[tuple]:
     """(loss, logit_scale, gradient norm, applied) of each step."""
     found = []
+    loss_scale = LossScale(config.train.precision)
     for index in steps:
         batch = own_part(global_batch(index, config.train.global_batch_size), ranks)
         spoil(batch)
         for group in engine.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * group.get("lr_scale", 1.0)
-        result = train_step(engine, batch, config, ranks, stage)
+        result = train_step(engine, batch, config, ranks, stage, loss_scale)
         found.append((*result.numbers(), result.gradient_norm(), result.applied))
     return found
 
@@ -108,11 +109,12 @@ def train(engine, config, stage, ranks, steps, spoil=lambda batch: None) -> list
 def run_matrix(ranks) -> dict:
     found = {}
     for stage in STAGES:
-        for precision in ("fp32", "bf16"):
-            config = configure(f"train.precision={precision}", BEYOND_THE_CLAMP)
+        for precision, size in (("fp32", 0), ("bf16", 0), ("fp16", 0), ("fp16", 4)):
+            micro = f"train.micro_batch_size={size}"
+            config = configure(f"train.precision={precision}", micro, BEYOND_THE_CLAMP)
             engine = start(config, stage, ranks)
             steps = train(engine, config, stage, ranks, range(MATRIX_STEPS))
-            found[stage, precision] = steps, weights(engine, stage)
+            found[stage, precision, size] = steps, weights(engine, stage)
     return found
 
 
@@ -232,6 +234,10 @@ def main() -> None:
     laclip.train.connect(configure(), ranks)
     found = {"elastic": run_elastic(ranks, folder)}
     if ranks.world_size == 1:
+        try:
+            fit_checkpoint(*newest_checkpoint(folder / "stage_1", ranks), 2, ranks)
+        except JointError as error:
+            found["refused"] = str(error)
         found["shapes"] = run_shapes(ranks, (0, 16))
     elif ranks.world_size == 2:
         found["shapes"] = run_shapes(ranks, (16,))

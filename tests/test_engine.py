@@ -52,7 +52,9 @@ def found(tmp_path_factory) -> dict[int, list[dict]]:
     return {world_size: run_ranks(world_size, folder) for world_size in (2, 1, 4)}
 
 
-def plain_loop(config, steps, *, sgd=False, skipped=()) -> tuple[list, dict[str, torch.Tensor]]:
+def plain_loop(
+    config, steps, *, sgd=False, skipped=(), scale=1.0
+) -> tuple[list, dict[str, torch.Tensor]]:
     """(loss, logit_scale, gradient norm) of each step, and the weights, of one process's loop."""
     model = ranks_program.new_model(config)
     depth_scale = {"image": config.model.vision.depth, "text": config.model.text.depth}
@@ -73,8 +75,9 @@ def plain_loop(config, steps, *, sgd=False, skipped=()) -> tuple[list, dict[str,
     else:
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=ranks_program.EPS)
     autocast = contextlib.nullcontext()
-    if config.train.precision == "bf16":
-        autocast = torch.autocast("cpu", torch.bfloat16)
+    if config.train.precision != "fp32":
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        autocast = torch.autocast("cpu", kinds[config.train.precision])
     found = []
     for index in steps:
         batch = ranks_program.global_batch(index, config.train.global_batch_size)
@@ -85,8 +88,10 @@ def plain_loop(config, steps, *, sgd=False, skipped=()) -> tuple[list, dict[str,
         logits = logit_scale * images.float() @ texts.float().T
         labels = torch.arange(len(logits))
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        loss.backward()
+        (scale * loss).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for gradient in gradients:
+            gradient /= scale
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         if index not in skipped:
             optimizer.step()
@@ -119,7 +124,7 @@ def plain_matrix():
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_zero_stage_equals_a_plain_loop_in_fp32(found, plain_matrix, stage):
     for rank in found[2]:
-        mine = rank["matrix"][stage, "fp32"]
+        mine = rank["matrix"][stage, "fp32", 0]
         compare(mine, plain_matrix["fp32"], loss=1e-5, norm=1e-4, weights=1e-4)
         scales = [step[1] for step in mine[0]]
         expected = [step[1] for step in plain_matrix["fp32"][0]]
@@ -130,18 +135,35 @@ def test_every_zero_stage_equals_a_plain_loop_in_fp32(found, plain_matrix, stage
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_zero_stage_follows_a_plain_loop_in_bf16(found, plain_matrix, stage):
     for rank in found[2]:
-        mine = rank["matrix"][stage, "bf16"]
+        mine = rank["matrix"][stage, "bf16", 0]
         losses, plain = ([step[0] for step in run[0]] for run in (mine, plain_matrix["bf16"]))
         # At a scale of 100 the rounding of 2 x 8 samples against that of 16 grows with the steps.
         assert losses[0] == pytest.approx(plain[0], rel=1e-4)
         assert losses == pytest.approx(plain, rel=6e-2)
-        same = rank["matrix"][0, "bf16"]
+        same = rank["matrix"][0, "bf16", 0]
         compare(mine, same, loss=1e-4, norm=1e-4, weights=1e-4)
         # bf16 has no number between 99.5 and 100: a rounded scale could not move like this.
         scales = [step[1] for step in mine[0]]
         assert scales[:2] == pytest.approx([100, 100], rel=1e-6)
         expected = [step[1] for step in plain_matrix["bf16"][0]]
         assert scales == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", [0, 4])
+def test_every_zero_stage_follows_a_plain_loop_in_fp16(found, stage, size):
+    """The loss scale starts so high that gradients overflow, and falls until they do not."""
+    steps, _ = found[2][0]["matrix"][stage, "fp16", size]
+    skipped = {index for index, step in enumerate(steps) if not step[3]}
+    assert skipped and skipped == set(range(len(skipped))) and len(skipped) < 10
+    config = ranks_program.configure("train.precision=fp16", ranks_program.BEYOND_THE_CLAMP)
+    plain, _ = plain_loop(config, range(ranks_program.MATRIX_STEPS), skipped=skipped, scale=64.0)
+    assert [step[0] for step in steps] == pytest.approx([step[0] for step in plain], rel=2e-2)
+    assert [step[1] for step in steps] == pytest.approx([step[1] for step in plain], rel=1e-4)
+    mine, expected = (
+        [run[index][2] for index in range(len(skipped), 20)] for run in (steps, plain)
+    )
+    assert mine == pytest.approx(expected, rel=2e-2)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -205,3 +227,7 @@ def test_a_run_goes_on_under_another_number_of_ranks(found, stage, locked):
     compare((steps, runs[-1][1]), plain, loss=1e-5, norm=1e-4, weights=1e-5)
     count = ranks_program.ELASTIC_STEPS
     assert runs[-1][2] == [f"step_{count * part:08d}" for part in (1, 2, 3)]
+
+
+def test_checkpoints_of_another_zero_stage_are_refused_by_name(found):
+    assert "was written under ZeRO stage 1, this job runs under stage 2" in found[1][0]["refused"]

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from train_job import ROOT, arguments, environment, losses, metrics, run, status
+from train_job import ROOT, Job, arguments, environment, losses, metrics, run, status
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,57 @@ def test_a_stopped_and_resumed_run_gives_the_losses_of_one_without_a_stop(straig
     run([*words, "--resume", str(folder)])
     assert losses(folder) == losses(straight)
     assert status(folder)["state"] == "finished"
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A job of Slurm's processes under ZeRO-3, scored as it goes, stopped by a signal to one."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    tasks = 'evaluation.tasks={v={data="examples/emoji/unseen_vendor"}}'
+    settings = [tasks, "evaluation.every_steps=2", "checkpoint.keep=1"]
+    with Job(arguments(folder, *settings, "checkpoint.every_steps=100", stage=3)) as job:
+        job.wait_for_steps(5)
+        for _ in range(3):  # more of them change nothing
+            job.processes[1].send_signal(signal.SIGTERM)
+        codes = job.wait_for_the_end(60)
+    return folder, codes, job.output.read_text()
+
+
+def test_slurms_processes_train_and_a_signal_to_one_stops_all(stopped):
+    folder, codes, output = stopped
+    assert codes == [0, 0], output
+    found = status(folder)
+    assert (found["state"], found["reason"]) == ("resumable", "stopped by SIGTERM")
+    assert 5 <= found["step"] == len(metrics(folder)) < 8
+    assert f"--resume {folder}" in output
+
+
+def test_the_newest_and_the_best_checkpoint_are_kept(stopped):
+    folder, *_ = stopped
+    states = [
+        json.loads((path / "state.json").read_text())
+        for path in (folder / "checkpoints").glob("step_*")
+    ]
+    scored = {
+        record["step"] + 1: record["scores"]["v"]
+        for record in metrics(folder)
+        if "scores" in record
+    }
+    assert set(scored) >= {2, 4}
+    best = max(scored, key=scored.get)
+    assert {state["step"]: state["score"] for state in states} == {
+        best: scored[best],
+        status(folder)["step"]: scored.get(status(folder)["step"]),
+    }
+
+
+def test_one_rank_goes_on_with_what_two_saved(straight, stopped, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped[0], folder)
+    words = ["laclip/train.py", "--deepspeed_config", "configs/deepspeed/zero3.json"]
+    run([*words, "--resume", str(folder)])
+    assert losses(folder) == pytest.approx(losses(straight), abs=1e-4)
+    assert "v" in json.loads((folder / "scores.json").read_text())
 
 
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(straight, tmp_path):

@@ -1,10 +1,13 @@
 """The main job for tests: a tiny model on the embedded data, started as users start it."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -93,3 +96,65 @@ def losses(folder):
 
 def status(folder):
     return json.loads((folder / "status.json").read_text())
+
+
+class Job:
+    """A running job: plain processes as srun would start them, or DeepSpeed's launcher."""
+
+    def __init__(self, words, ranks=2, launcher=False):
+        env = environment()
+        if launcher:
+            commands = [[BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", free_port()]]
+            variables = [{}]
+        else:
+            commands = [[sys.executable]] * ranks
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            env |= {"SLURM_NTASKS": str(ranks)}
+            variables = [
+                {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)
+            ]
+        self.folder = Path(next(word for word in words if "run.folder=" in word).partition("=")[2])
+        self.output = self.folder.with_suffix(".output")
+        with self.output.open("w") as log:
+            self.processes = [
+                subprocess.Popen(
+                    [*command, *words], cwd=ROOT, env=env | more, stdout=log, stderr=log
+                )
+                for command, more in zip(commands, variables)
+            ]
+
+    def wait_for_steps(self, count):
+        deadline = time.monotonic() + 120
+        while not (self.folder / "metrics.jsonl").exists() or len(metrics(self.folder)) < count:
+            assert time.monotonic() < deadline, self.output.read_text()
+            assert self.processes[0].poll() is None, self.output.read_text()
+            time.sleep(0.02)
+
+    def pids(self):
+        """All processes of this job, launchers included."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+                if f"run.folder={self.folder}" in words:
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def wait_for_the_end(self, seconds):
+        """The exit codes; fails if anything of the job is left after `seconds`."""
+        deadline = time.monotonic() + seconds
+        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+        while self.pids():
+            assert time.monotonic() < deadline, f"orphans: {self.pids()}"
+            time.sleep(0.05)
+        return codes
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
