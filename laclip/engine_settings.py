@@ -1,6 +1,9 @@
 """DeepSpeed's JSON, completed from the run's TOML, which owns all but ZeRO and its tuning."""
 
+import contextlib
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +65,30 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     settings.setdefault("steps_per_print", 10**9)
     settings["zero_allow_untested_optimizer"] = True
     return settings
+
+
+def remove_stale_lock(lock: Path) -> bool:
+    """Delete the lock beside DeepSpeed's operator if its process is no more; whether it did.
+
+    A process that builds or loads the operator holds the file open. One that is killed meanwhile
+    leaves it, and whoever comes next would wait for it without an end. As processes of other
+    machines are not seen, the lock must be older than such work takes.
+    """
+    seconds = 10 if any(lock.parent.glob("*.so")) else 300
+    with contextlib.suppress(FileNotFoundError):
+        while lock.stat().st_uid == os.getuid() and not _is_open(lock):
+            if time.time() - lock.stat().st_mtime > seconds:
+                lock.unlink()
+                return True
+            time.sleep(0.1)
+    return False
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine and user has the file open."""
+    wanted = str(path.resolve())
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == wanted:
+                return True
+    return False

@@ -4,7 +4,6 @@ deepspeed laclip/train.py --deepspeed_config configs/deepspeed/zero1.json [--con
 """
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
@@ -30,7 +29,7 @@ from laclip.checkpoint import (
 )
 from laclip.config import Config, load_config
 from laclip.dataset import Dataset, open_dataset
-from laclip.engine_settings import engine_settings
+from laclip.engine_settings import engine_settings, remove_stale_lock
 from laclip.evaluation import evaluate
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
@@ -148,16 +147,8 @@ def connect(config: Config, ranks: Ranks) -> None:
         if built.is_dir():
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
         lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm" / "lock"
-        with contextlib.suppress(FileNotFoundError):
-            # DeepSpeed would wait for it without an end and without a word.
-            if ranks.is_first and time.time() - lock.stat().st_mtime > 10:
-                say(f"laclip: waiting for who builds DeepSpeed's operator; if nobody: rm '{lock}'")
-            while time.time() - lock.stat().st_mtime < 300:
-                time.sleep(0.1)
-            raise ValueError(
-                f"'{lock}' is five minutes old: a process that was killed while it built or loaded "
-                f"DeepSpeed's operator left it. Run: rm '{lock}'"
-            )
+        if ranks.local_rank == 0 and remove_stale_lock(lock):
+            say(f"laclip: removed '{lock}', which a killed process had left")
         if "OMP_NUM_THREADS" not in os.environ:
             here = int(os.environ.get("LOCAL_SIZE", ranks.world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
