@@ -7,6 +7,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -354,7 +355,12 @@ def run(
                 save_checkpoint(engine, checkpoints, {**content, "score": score}, stage, ranks)
             except JointError as error:
                 if ranks.is_first:
-                    say(f"\nlaclip: {error}. The run goes on, older checkpoints stay")
+                    # torch's own words for a full disk do not say so.
+                    free = shutil.disk_usage(folder).free // 2**20
+                    say(
+                        f"\nlaclip: {error} ({free:,} MiB are free there). The run goes on, older "
+                        "checkpoints stay"
+                    )
             else:
                 saved_step, best = step, best if score is None else max(best, score)
                 if ranks.is_first:

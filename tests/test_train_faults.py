@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -42,41 +43,66 @@ def test_a_killed_rank_ends_the_job_at_once_with_its_name(tmp_path):
         assert found["state"] == "resumable" and "rank 0 died" in found["reason"]
 
 
-def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path):
-    """A small file system of its own, filled after the first checkpoint and emptied again."""
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder; fill(job), which makes writes in it fail, and empty(job); what the job then says.
+
+    A file system of its own where one can be mounted; elsewhere a limit on the size of the job's
+    files, which fails in the middle of a write as a full disk does.
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
+    filler = disk / "filler"
     mount = ["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount a small file system")
-    try:
-        folder = disk / "run"
-        words = arguments(folder, "train.steps=100000", "checkpoint.every_steps=10", stage=2)
-        with Job(words) as job:
-            job.wait_for_steps(12)
-            filler = disk / "filler"
-            with contextlib.suppress(OSError), filler.open("wb") as file:
-                while True:
-                    file.write(bytes(1 << 16))
-            deadline = time.monotonic() + 60
-            while job.output.read_text().count("The run goes on") < 2:
-                assert time.monotonic() < deadline, job.output.read_text()
-                time.sleep(0.05)
-            left = [path.name for path in (folder / "checkpoints").glob("step_*")]
-            assert left and not any(name.endswith(".partial") for name in left)
-            assert "No space left on device" in job.output.read_text()
-            filler.unlink()
-            known = set(left)
-            while not {path.name for path in (folder / "checkpoints").glob("step_*0")} - known:
-                assert time.monotonic() < deadline, job.output.read_text()
-                time.sleep(0.05)
-            job.processes[0].send_signal(signal.SIGTERM)
-            assert job.wait_for_the_end(30) == [0, 0]
-        steps = [record["step"] for record in metrics(folder)]
-        assert steps == sorted(set(steps))  # lost records leave no half lines
-        assert status(folder)["step"] == steps[-1] + 1
-    finally:
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+
+    def limit(job, size):
+        for process in job.processes:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def fill(job):
+        if not mounted:
+            return limit(job, 1 << 16)
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(bytes(1 << 16))
+
+    def empty(job):
+        if not mounted:
+            return limit(job, resource.RLIM_INFINITY)
+        filler.unlink()
+
+    yield disk, fill, empty, "No space left on device" if mounted else "MiB are free there"
+    if mounted:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_run(small_disk):
+    """Filled after the first checkpoint and emptied again."""
+    disk, fill, empty, said = small_disk
+    folder = disk / "run"
+    words = arguments(folder, "train.steps=100000", "checkpoint.every_steps=10", stage=2)
+    with Job(words) as job:
+        job.wait_for_steps(12)
+        fill(job)
+        deadline = time.monotonic() + 60
+        while job.output.read_text().count("The run goes on") < 2:
+            assert time.monotonic() < deadline, job.output.read_text()
+            time.sleep(0.05)
+        left = [path.name for path in (folder / "checkpoints").glob("step_*")]
+        assert left and not any(name.endswith(".partial") for name in left)
+        assert said in job.output.read_text()
+        assert re.search(r"\([\d,]+ MiB are free there\)\. The run goes on", job.output.read_text())
+        empty(job)
+        known = set(left)
+        while not {path.name for path in (folder / "checkpoints").glob("step_*0")} - known:
+            assert time.monotonic() < deadline, job.output.read_text()
+            time.sleep(0.05)
+        job.processes[0].send_signal(signal.SIGTERM)
+        assert job.wait_for_the_end(30) == [0, 0]
+    steps = [record["step"] for record in metrics(folder)]
+    assert steps == sorted(set(steps))  # lost records leave no half lines
+    assert status(folder)["step"] == steps[-1] + 1
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
