@@ -78,7 +78,7 @@ def train_step(
     """
     group = dist.group.WORLD if ranks.world_size > 1 else None
     options = {"group": group, "implementation": config.train.loss_implementation}
-    tokens = batch.token_ids
+    captions = batch.captions
     keys = torch.from_numpy(batch.samples.view("int64") ^ batch.index)
     keys = keys.to(ranks.device, non_blocking=True)
     size = config.train.micro_batch_size or len(batch.images)
@@ -96,7 +96,7 @@ def train_step(
         return texts if group is None else start_gather(texts, group)
 
     if len(parts) == 1:
-        texts = gather(engine(None, tokens)[1])
+        texts = gather(engine(None, captions)[1])
         images, _, *scalars = engine(batch.images, None, keys)
         loss = loss_of(images, texts, *scalars)
         result = StepResult(loss, scalars[0], ranks)
@@ -106,7 +106,7 @@ def train_step(
     # Feature caching: the features of all micro-batches first, one loss over all of them, then the
     # backward micro-batch by micro-batch: exactly the gradients of the large batch.
     with torch.no_grad():
-        texts = torch.cat([engine(None, tokens[..., part, :])[1] for part in parts], dim=-2)
+        texts = torch.cat([engine(None, captions.part(part))[1] for part in parts], dim=-2)
     texts.requires_grad_()
     gathered = gather(texts)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def train_step(
     image_gradient, text_gradient, *scalar_gradients = [leaf.grad for leaf in leaves]
     for part in parts:
         part_images, part_texts, *scalars = engine(
-            batch.images[part], tokens[..., part, :], keys[part]
+            batch.images[part], captions.part(part), keys[part]
         )
         surrogate = (part_images.float() * image_gradient[part]).sum()
         surrogate = surrogate + (part_texts.float() * text_gradient[..., part, :]).sum()
