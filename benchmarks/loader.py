@@ -36,7 +36,7 @@ from laclip.config import PRESETS, DataConfig, ModelConfig, TextConfig, VisionCo
 from laclip.dataset import open_dataset
 from laclip.images import NORMALIZATION, ImagePipeline
 from laclip.kernels import clip_loss
-from laclip.loader import Loader, encoded_images, reader_options, shard_files
+from laclip.loader import Loader, reader_options, shard_files
 from laclip.model import build_model
 from laclip.optimizer import build_optimizer
 from laclip.prepare.index import index
@@ -257,7 +257,7 @@ class Decoder:
 
     def feed(self):
         batch = next(self.batches)
-        self.pipeline.feed(encoded_images(batch), batch.windows, batch.mirrors)
+        self.pipeline.feed(batch.images(), batch.windows, batch.mirrors)
 
     def __next__(self):
         self.feed()
@@ -324,7 +324,7 @@ def feed_case(work, batch):
 
     def run(_):
         begin = time.thread_time()
-        pipeline.feed(encoded_images(read), read.windows, read.mirrors)
+        pipeline.feed(read.images(), read.windows, read.mirrors)
         used.append(time.thread_time() - begin)
         extra["own CPU us an image"] = float(np.median(used)) / batch * 1e6
 

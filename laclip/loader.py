@@ -7,7 +7,6 @@ Its whole state is the index of the next batch and the list of samples found bad
 """
 
 import dataclasses
-import itertools
 import json
 import time
 from collections import deque
@@ -34,7 +33,9 @@ class LoadedBatch:
 
     index: int
     images: torch.Tensor  # [batch, 3, size, size] on the device, of the loader's dtype
-    captions: PackedCaptions  # of shape [batch], or [variants, batch] for data.captions = "multi"
+    # Of shape [batch], or [variants, batch] for data.captions = "multi". Not pinned: the text tower
+    # lays them out on the host, and pins the rows that it copies to the device.
+    captions: PackedCaptions
     samples: np.ndarray  # uint64 [batch], places in the list of all samples
     drawn_variants: np.ndarray  # uint8 [batch], the caption that was drawn
     substitutes: int  # samples that stand in for bad ones
@@ -169,7 +170,7 @@ class Loader:
 
     def _feed(self, batch: _native.Batch) -> None:
         batch = self._sound(batch)
-        self._pipeline.feed(encoded_images(batch), batch.windows, batch.mirrors)
+        self._pipeline.feed(batch.images(), batch.windows, batch.mirrors)
         self._in_flight.append(batch)
 
     def _sound(self, batch: _native.Batch) -> _native.Batch:
@@ -185,7 +186,7 @@ class Loader:
         failed = self._in_flight.popleft()
         self._count_bad(failed, error.reasons)
         batch = self._sound(self._reader.read(failed.index))
-        encoded = encoded_images(batch)
+        encoded = batch.images()
         changed = np.flatnonzero(batch.samples != failed.samples).tolist()
         self._pipeline.replace({i: encoded[i] for i in changed}, batch.windows, batch.mirrors)
         self._in_flight.appendleft(batch)
@@ -217,12 +218,6 @@ class Loader:
         if self._bad_log is not None:
             with self._bad_log.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-def encoded_images(batch: _native.Batch) -> list[np.ndarray]:
-    """The encoded images of a batch as views of its one buffer."""
-    buffer, begins = batch.bytes, batch.begins.tolist()
-    return [buffer[a:b] for a, b in itertools.pairwise(begins)]
 
 
 def reader_options(
