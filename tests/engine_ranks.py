@@ -187,6 +187,7 @@ def run_events(ranks) -> dict:
     for size in (0, 4):
         config = configure(f"train.micro_batch_size={size}")
         engine = start(config, 1, ranks)
+        assert not engine.tput_timer.config.enabled  # it would wait for the GPU at every forward
         for name in ("text", "image"):
             tower = getattr(engine.module, name)
             tower.register_forward_hook(lambda *_, name=name: events.append(f"{name} forward"))
