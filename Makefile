@@ -25,7 +25,7 @@ PYTHON_FILES := laclip kernels tests benchmarks examples requirements setup.py
 .PHONY: train test lint clean check
 
 train: $(READY)
-	@$(if $(shell nvidia-smi 2>/dev/null),,DS_ACCELERATOR=cpu )$(BIN)deepspeed --quiet laclip/train.py --deepspeed_config configs/deepspeed/zero1.json
+	@$(if $(shell $(PY) requirements/check.py --gpu && echo yes),,DS_ACCELERATOR=cpu )$(BIN)deepspeed --quiet laclip/train.py --deepspeed_config configs/deepspeed/zero1.json
 
 test: $(READY)
 	$(PY) -m pytest tests

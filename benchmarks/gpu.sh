@@ -1,40 +1,50 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command, safest step first:
+# Everything that needs a GPU, in one command, what matters most first:
 #
-#   benchmarks/gpu.sh [FOLDER [STEP...]]   steps: tests sanitize resources sweep tune plot model train loader
+#   benchmarks/gpu.sh [FOLDER [STEP...]]
 #
-# Results go to FOLDER (default: $OUT, else benchmarks/results). PYTHON names the interpreter
-# (default: .venv's where there is one); RIVALS a folder with open_clip, inf_cl and siglip_kernel
-# (default: installed there by pip, where a package index answers); SWEEP options for the sweep, such
-# as "--dims 768 --sizes 32768" where time is short. A failing test stops it all.
+# FOLDER: for what comes out (default: $OUT, else benchmarks/results). Steps, with the minutes that
+# they should take on an H100 beside 16 cores (estimates; what a step took is printed after it):
+#
+#   tests 4       the kernels' tests, natively; where one fails, nothing else runs
+#   sweep 15      the losses beside their rivals; the sizes of PERFORMANCE.md's goals in the first 6
+#   tune 3        candidate tiles of the kernels
+#   plot 1        time and memory of the sweep
+#   model 3       the towers on the GPU against the CPU; attention by backend
+#   train 8       the training step beside open_clip's
+#   sanitize 6    compute-sanitizer on small shapes, at most 2 minutes a tool
+#   resources 2   registers, spills and shared memory of every kernel
+#   loader        only where it is named: needs DALI and PHOTOS, a folder of photographs
+#
+# A step that fails lets the others run, and is named at the end. Every record is written as it
+# comes, so a run that is cut keeps what it had. Environment: PYTHON, the interpreter (default:
+# .venv's where there is one); RIVALS, a folder with the packages of rivals below (default: they are
+# installed there by pip, where a package index answers); COMMIT, what the records name where git
+# does not answer; SWEEP, TUNE and TRAIN, options of those steps, such as
+# SWEEP="--sizes 32768 --dims 768" where time is short.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "${1:-${OUT:-benchmarks/results}}")
 shift || true
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(tests sanitize resources sweep tune plot model train)
+[ ${#steps[@]} -gt 0 ] || steps=(tests sweep tune plot model train sanitize resources)
 mkdir -p "$folder"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 python=$(command -v "$python")
 [[ $python == /* ]] || python=$PWD/$python
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} PYTHONUNBUFFERED=1
 
 if ! (cd / && "$python" -c "import laclip.kernels") 2>/dev/null; then
   if ! "$python" -m pip install -q --no-build-isolation --no-deps -e . 2>"$work/build.log"; then
-    # The kernels need no compiled extension: a package of links will do.
-    echo "gpu.sh: laclip does not build here ($(tail -n 1 "$work/build.log")); using links" >&2
-    mkdir "$work/package" "$work/package/laclip"
-    ln -s "$PWD"/laclip/* "$work/package/laclip/"
-    ln -s "$PWD/kernels" "$work/package/laclip/kernels"
-    export PYTHONPATH="$work/package${PYTHONPATH:+:$PYTHONPATH}"
+    echo "gpu.sh: laclip does not build here ($(tail -n 1 "$work/build.log"));" \
+      "the kernels and the model do without its extension" >&2
+    export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+    # A package that is imported from the checkout has its kernels beside it, not in it.
+    [ -e laclip/kernels ] || { ln -s ../kernels laclip/kernels && linked=$PWD/laclip/kernels; }
+    trap 'rm -rf "$work" ${linked:+"$linked"}' EXIT
   fi
-fi
-rivals=${RIVALS:-$work/rivals}
-if [ ! -d "$rivals" ]; then
-  "$python" -m pip install -q --no-deps --target "$rivals" \
-    open_clip_torch==3.3.0 inf-cl==1.2.1 siglip-kernel==0.1.2 webdataset==1.0.2 braceexpand==0.1.7 ||
-    echo "gpu.sh: no rivals here: only our own implementations are timed" >&2
 fi
 "$python" - <<'CHECK'
 import sys, torch
@@ -42,54 +52,95 @@ if not torch.cuda.is_available():
     sys.exit("gpu.sh: no GPU here. On a CPU: pytest tests/kernels; benchmarks/loss.py --device cpu")
 print(torch.cuda.get_device_name(), "torch", torch.__version__)
 CHECK
+rivals=${RIVALS:-$work/rivals}
+if [ ! -d "$rivals" ]; then
+  "$python" -m pip install -q --no-deps --retries 1 --timeout 15 --target "$rivals" \
+    open_clip_torch==3.3.0 ftfy==6.3.1 inf-cl==1.2.1 siglip-kernel==0.1.2 \
+    webdataset==1.0.2 braceexpand==0.1.7 ||
+    echo "gpu.sh: no rivals here: only our own implementations are timed" >&2
+fi
+beside_rivals=(env PYTHONPATH="$(realpath -m "$rivals")${PYTHONPATH:+:$PYTHONPATH}" "$python")
 
+tests() {
+  local spread=()
+  if "$python" -c "import xdist" 2>/dev/null; then spread=(-n 8); fi
+  "$python" -m pytest tests/kernels -q -p no:cacheprovider "${spread[@]}" |
+    tee "$folder/gpu_tests.txt"
+}
+
+sweep() {
+  "${beside_rivals[@]}" benchmarks/loss.py --out "$folder/loss_gpu.jsonl" ${SWEEP:-}
+}
+
+tune() {
+  "$python" benchmarks/tune_loss.py --out "$folder/loss_tiles.jsonl" ${TUNE:-}
+}
+
+plot() {
+  "$python" benchmarks/loss.py --out "$folder/loss_gpu.jsonl" --plot "$folder/loss_gpu.png"
+}
+
+model() {
+  local code=0
+  "$python" -m pytest tests/test_model_gpu.py -q -p no:cacheprovider |
+    tee "$folder/gpu_model.txt" || code=1
+  "$python" benchmarks/attention.py --out "$folder/attention_gpu.jsonl" || code=1
+  return $code
+}
+
+train() {
+  # open_clip needs torchvision and timm: where the environment lacks them, oracles.py brings them.
+  local run=("${beside_rivals[@]}")
+  "${run[@]}" -c "import open_clip" 2>/dev/null || run=("$python" requirements/oracles.py)
+  "${run[@]}" benchmarks/train.py --out "$folder/train_gpu.jsonl" ${TRAIN:-}
+}
+
+sanitize() {
+  local tool code=0
+  local sanitizer
+  sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+  if [ ! -x "$sanitizer" ]; then
+    echo "gpu.sh: compute-sanitizer is not installed (package cuda-sanitizer)" >&2
+    return 1
+  fi
+  for tool in memcheck racecheck initcheck; do
+    timeout 120 "$sanitizer" --tool $tool --error-exitcode 9 "$python" -m pytest -q \
+      -p no:cacheprovider tests/kernels/test_accuracy.py -k "twice and triton and 65-200" |
+      tee "$folder/gpu_$tool.txt" || code=1
+  done
+  return $code
+}
+
+resources() {
+  "$python" -m laclip.kernels.resources | tee "$folder/resources.md"
+}
+
+loader() {
+  "${beside_rivals[@]}" benchmarks/loader.py --photos "${PHOTOS:?a folder of photographs}" \
+    --work "$work/photos" --out "$folder/loader_gpu.jsonl"
+}
+
+failed=()
 for step in "${steps[@]}"; do
-  echo "== $step"
   case $step in
-  tests)
-    "$python" -m pytest tests/kernels -q -p no:cacheprovider | tee "$folder/gpu_tests.txt"
-    ;;
-  sanitize)
-    sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
-    if [ ! -x "$sanitizer" ]; then
-      echo "gpu.sh: compute-sanitizer is not installed (package cuda-sanitizer)" >&2
-      continue
-    fi
-    for tool in memcheck racecheck initcheck; do
-      "$sanitizer" --tool $tool --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider \
-        tests/kernels/test_accuracy.py -k "twice and triton and (63 or 65 or 127)" |
-        tee "$folder/gpu_$tool.txt"
-    done
-    ;;
-  resources)
-    "$python" -m laclip.kernels.resources | tee "$folder/resources.md"
-    ;;
-  sweep)
-    PYTHONPATH="$rivals${PYTHONPATH:+:$PYTHONPATH}" \
-      "$python" benchmarks/loss.py --out "$folder/loss_gpu.jsonl" ${SWEEP:-}
-    ;;
-  tune)
-    "$python" benchmarks/tune_loss.py --out "$folder/loss_tiles.jsonl"
-    ;;
-  plot)
-    "$python" benchmarks/loss.py --out "$folder/loss_gpu.jsonl" --plot "$folder/loss_gpu.png"
-    ;;
-  model)
-    "$python" -m pytest tests/test_model_gpu.py -q -p no:cacheprovider | tee "$folder/gpu_model.txt"
-    "$python" benchmarks/attention.py --out "$folder/attention_gpu.jsonl"
-    ;;
-  train)
-    "$python" requirements/oracles.py benchmarks/train.py --out "$folder/train_gpu.jsonl" ${TRAIN:-}
-    ;;
-  loader) # PHOTOS: a folder of photographs; needs the compiled extension
-    PYTHONPATH="$rivals${PYTHONPATH:+:$PYTHONPATH}" "$python" benchmarks/loader.py \
-      --photos "${PHOTOS:?a folder of photographs}" --work "$work/photos" \
-      --out "$folder/loader_gpu.jsonl"
-    ;;
+  tests | sweep | tune | plot | model | train | sanitize | resources | loader) ;;
   *)
-    echo "gpu.sh: no step '$step'; there are tests, sanitize, resources, sweep, tune, plot, model," \
-      "train, loader" >&2
+    echo "gpu.sh: no step '$step'; there are tests, sweep, tune, plot, model, train, sanitize," \
+      "resources, loader" >&2
     exit 2
     ;;
   esac
 done
+for step in "${steps[@]}"; do
+  echo "== $step"
+  SECONDS=0
+  code=0
+  "$step" || code=$?
+  echo "== $step took $SECONDS s"
+  [ $code -eq 0 ] || failed+=("$step")
+  if [ "$step" = tests ] && [ $code -ne 0 ]; then break; fi
+done
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "gpu.sh: failed: ${failed[*]}" >&2
+  exit 1
+fi

@@ -16,7 +16,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
@@ -87,7 +89,8 @@ def facts(device: str) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD") or "unknown"
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    commit = commit or os.environ.get("COMMIT", "unknown")  # a copy without .git
     if _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"):
         commit += "+changes"
     return {
@@ -146,6 +149,17 @@ def _peak_memory_mib(case: Case, device: str) -> float:
     return max(0.0, _resident_mib("VmHWM") - before)
 
 
+@contextmanager
+def _noted(case: Case, failures: dict[str, str]) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        failures[case.name] = "out of memory"
+    except Exception as problem:
+        traceback.print_exc()
+        failures[case.name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+
+
 def compare(
     subject: str,
     cases: Iterable[Case],
@@ -159,38 +173,36 @@ def compare(
     """Time the cases turn about, after a warm-up of each.
 
     Each gets about `seconds` in all: at least 5 calls (3 where one takes that long), at most
-    `most`. A case that runs out of memory is recorded as failed; any other exception is raised.
+    `most`. A case that raises is recorded as failed, with its message, and the others go on.
     """
-    alive: list[Case] = []
     failures: dict[str, str] = {}
     peaks: dict[str, float] = {}
     estimates: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
     cases = list(cases)
     for case in cases:
-        try:
+        with _noted(case, failures):
             _timed(case, 0, device)
             estimates[case.name] = min(_timed(case, turn, device) for turn in (1, 2))
             peaks[case.name] = _peak_memory_mib(case, device)
-            alive.append(case)
-        except torch.OutOfMemoryError:
-            failures[case.name] = "out of memory"
+            times[case.name] = []
         if device == "cuda":
             torch.cuda.empty_cache()
     repeats = {
-        case.name: max(
-            5 if estimates[case.name] < seconds * 1e3 else 3,
-            min(most, int(seconds * 1e3 / max(estimates[case.name], 1e-3))),
+        name: max(
+            5 if estimates[name] < seconds * 1e3 else 3,
+            min(most, int(seconds * 1e3 / max(estimates[name], 1e-3))),
         )
-        for case in alive
+        for name in times
     }
-    times: dict[str, list[float]] = {case.name: [] for case in alive}
     for turn in range(max(repeats.values(), default=0)):
-        for case in alive:
-            if turn < repeats[case.name]:
-                times[case.name].append(_timed(case, turn, device))
+        for case in cases:
+            if turn < repeats.get(case.name, 0) and case.name not in failures:
+                with _noted(case, failures):
+                    times[case.name].append(_timed(case, turn, device))
     records = []
     for case in cases:
-        taken = sorted(times.get(case.name, []))
+        taken = [] if case.name in failures else sorted(times[case.name])
         middle = statistics.median(taken) if taken else None
         records.append(
             Record(

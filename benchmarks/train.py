@@ -19,13 +19,10 @@ from torch.nn.functional import normalize
 
 from laclip.config import PRESETS, DataConfig, ModelConfig, TextConfig, VisionConfig
 from laclip.convert import to_laclip
-from laclip.dataset import open_dataset
 from laclip.flops import peak_flops, training_flops
 from laclip.kernels import clip_loss
-from laclip.loader import Loader
 from laclip.model import build_model, compile_blocks
 from laclip.optimizer import build_optimizer
-from laclip.tokenizer import load_tokenizer
 
 VOCABULARY, EOT, CONTEXT = 49408, 49407, 77
 # For 80 GB with four models and their optimizers; `small` is what two CPU cores can train.
@@ -161,6 +158,11 @@ def counting_cpu(step: Callable[[Any], object], taken: list[float]) -> Callable[
 
 
 def real_batches(dataset: Path, size: int, batch: int, device: str) -> Iterator[Batch]:
+    # Here, so that random images need neither DALI nor laclip's extension.
+    from laclip.dataset import open_dataset
+    from laclip.loader import Loader
+    from laclip.tokenizer import load_tokenizer
+
     loader = Loader(
         [open_dataset(dataset)],
         DataConfig(),

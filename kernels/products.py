@@ -5,13 +5,18 @@ from contextlib import contextmanager
 
 import torch
 
+BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
 
 @contextmanager
 def full_precision(features: torch.Tensor) -> Iterator[None]:
     """Work on the features' device, without autocast, and without TF32 or bf16 in fp32 products."""
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by fp32_precision, torch's other way, which that one refuses to see
+        before = "highest"
+    settings = [backend.fp32_precision for backend in BACKENDS]
+    torch.set_float32_matmul_precision("highest")
     try:
         with (
             torch.cuda.device_of(features),
@@ -19,8 +24,9 @@ def full_precision(features: torch.Tensor) -> Iterator[None]:
         ):
             yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before)
+        for backend, setting in zip(BACKENDS, settings):
+            backend.fp32_precision = setting
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:

@@ -1,8 +1,8 @@
-"""For tests of the kernels: the interpreter's bf16 mended, features to try, errors to bound.
+"""For tests of the kernels: the interpreter mended, features to try, errors to bound.
 
-Importing this mends triton's interpreter (3.6 to 3.9 multiply the raw bits of bf16 in tl.dot, and
-cut where a cast should round), so set TRITON_INTERPRET=1, import this, and only then run kernels.
-On a GPU it changes nothing.
+Importing this mends triton's interpreter (3.6 to 3.9 multiply the raw bits of bf16 in tl.dot, cut
+where a cast should round, and make integers in a way that NumPy 2.4 refuses), so set
+TRITON_INTERPRET=1, import this, and only then run kernels. On a GPU it changes nothing.
 """
 
 from collections.abc import Callable
@@ -39,6 +39,7 @@ def _mend_interpreter() -> None:
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     broken_dot, broken_cast = builder.create_dot, builder.cast_impl
+    broken_patch = interpreter._patch_lang_tensor
 
     def widened(operand):
         if operand.dtype != tl.bfloat16:
@@ -56,7 +57,12 @@ def _mend_interpreter() -> None:
             return handle(_widen(source.data), tl.float32)
         return broken_cast(self, source, target)
 
+    def patch_tensor(tensor, scope):
+        broken_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 if triton.knobs.runtime.interpret:

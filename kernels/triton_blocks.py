@@ -28,8 +28,13 @@ def check_device(features: torch.Tensor) -> None:
 
 
 def _aligned(features: torch.Tensor) -> torch.Tensor:
-    """Features at an address that a tensor descriptor takes (a multiple of 16 bytes)."""
-    return features if features.data_ptr() % 16 == 0 else features.clone()
+    """Features as a tensor descriptor takes them: address and stride are multiples of 16 bytes.
+
+    A slice may begin anywhere, and a single row has any stride.
+    """
+    if features.data_ptr() % 16 == 0 and features.stride(0) == features.shape[1]:
+        return features
+    return features.clone(memory_format=torch.contiguous_format)
 
 
 def _described(features: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

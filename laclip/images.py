@@ -100,6 +100,7 @@ class ImagePipeline:
         self.part = min(batch_size, part)
         self.queue = depth * -(-batch_size // self.part)
         self._in_flight: deque[_Batch] = deque()
+        self._copied: deque[tuple] = deque()  # on a GPU: outputs, each with its copy's event
         self._pipeline = self._build()
         self._apart: Pipeline | None = None  # for images that are decoded out of turn
 
@@ -248,8 +249,14 @@ class ImagePipeline:
         On a CPU DALI has decoded alone: its resize there takes three times as long as ours.
         """
         if self.device.type == "cuda":
-            (output,) = pipeline.outputs(cuda_stream=torch.cuda.current_stream(self.device))
+            stream = torch.cuda.current_stream(self.device)
+            (output,) = pipeline.outputs(cuda_stream=stream)
             images.copy_(torch.from_dlpack(output.as_tensor()))
+            # DALI's streams know nothing of this copy: an output that was let go before it has run
+            # would be decoded into.
+            self._copied.append((stream.record_event(), output))
+            while self._copied and self._copied[0][0].query():
+                self._copied.popleft()
             return
         (output,) = pipeline.outputs()
         decoded = [output.at(i) for i in range(len(positions))]

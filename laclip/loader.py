@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,25 @@ class LoadedBatch:
     samples: np.ndarray  # uint64 [batch], places in the list of all samples
     drawn_variants: np.ndarray  # uint8 [batch], the caption that was drawn
     substitutes: int  # samples that stand in for bad ones
-    wait_seconds: float  # time that the caller waited
+    asked: Any = 0.0  # when it was asked for and when it was there; see _now
+    ready: Any = 0.0
+
+    @property
+    def wait_seconds(self) -> float:
+        """The time that the device waited for it; a GPU not while it still computed."""
+        if isinstance(self.ready, float):
+            return self.ready - self.asked
+        self.ready.synchronize()
+        return self.asked.elapsed_time(self.ready) / 1000
+
+
+def _now(device: torch.device) -> Any:
+    """This moment: in seconds, or as an event when a GPU has done all that it was given."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class DataError(RuntimeError):
@@ -108,6 +127,7 @@ class Loader:
             exif_rotation=data.exif_rotation,
         )
         self._multi = data.captions == "multi"
+        self._device = device
         self._depth = data.prefetch
         self._max_bad_fraction = data.max_bad_fraction
         self._bad_log = bad_log
@@ -115,6 +135,7 @@ class Loader:
         self._samples_read = 0
         self._found_bad = 0
         self._new_bad: dict[int, str] = {}
+        self._prepared: LoadedBatch | DataError | None = None
 
     @property
     def num_samples(self) -> int:
@@ -140,7 +161,23 @@ class Loader:
         return self
 
     def __next__(self) -> LoadedBatch:
-        begin = time.perf_counter()
+        self.prepare()
+        batch, self._prepared = self._prepared, None
+        if isinstance(batch, DataError):
+            raise batch
+        assert batch is not None
+        return batch
+
+    def prepare(self) -> None:
+        """Make ready what next() gives, or raises, while the caller has nothing else to do."""
+        if self._prepared is None:
+            try:
+                self._prepared = self._load()
+            except DataError as error:
+                self._prepared = error
+
+    def _load(self) -> LoadedBatch:
+        asked = _now(self._device)
         while True:
             while len(self._in_flight) < self._depth:
                 try:
@@ -165,7 +202,8 @@ class Loader:
             samples=batch.samples,
             drawn_variants=batch.drawn_variants,
             substitutes=batch.substitutes,
-            wait_seconds=time.perf_counter() - begin,
+            asked=asked,
+            ready=_now(self._device),
         )
 
     def _feed(self, batch: _native.Batch) -> None:

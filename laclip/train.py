@@ -265,6 +265,12 @@ def run(
         )
         progress = Progress(total_steps, loader.num_samples, batch_size)
 
+    def prepare_next() -> None:
+        if step + 1 < total_steps:
+            watchdog.doing(f"loading batch {step + 1}")
+            loader.prepare()
+            watchdog.doing(f"in step {step}")
+
     stopped = ""
     saved_at = time.monotonic()
     skipped = 0
@@ -294,7 +300,7 @@ def run(
         )
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        result = train_step(engine, batch, config, ranks, stage, loss_scale)
+        result = train_step(engine, batch, config, ranks, stage, loss_scale, prepare_next)
         *asked, timed, new_bad, substitutes = (counts := agreed())[: len(STOPS) + 3]
         stopped = next((reason for reason, ranks_asked in zip(STOPS, asked) if ranks_asked), "")
         if new_bad:
@@ -306,9 +312,9 @@ def run(
         skipped = 0 if result.applied else skipped + 1
         scores: dict[str, dict[str, float]] = {}
         every = config.evaluation.every_steps
-        if every and (step + 1) % every == 0 and step + 1 < total_steps:
-            scores, _ = score_tasks(engine, config, tokenizer, ranks, watchdog)
         last = step + 1 == total_steps
+        if every and (step + 1) % every == 0 and not last:
+            scores, _ = score_tasks(engine, config, tokenizer, ranks, watchdog)
         if ranks.is_first and (step % config.log.every_steps == 0 or last or scores):
             loss, logit_scale = result.numbers()
             record = {

@@ -3,6 +3,7 @@
 The engine is DeepSpeed's; it is used through its forward, backward and step.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,66 +70,71 @@ def train_step(
     ranks: Ranks,
     stage: int,
     loss_scale: LossScale,
+    meanwhile: Callable[[], None],
 ) -> StepResult:
     """Make one update from this rank's part of a global batch.
 
     Its loss and its gradients are those of the global batch, whatever the number of ranks, the
     ZeRO stage and train.micro_batch_size. If any gradient on any rank is not finite, no rank
-    changes a parameter.
+    changes a parameter. `meanwhile` is called when the whole backward is launched: what it does
+    costs a GPU nothing, which next makes the host wait.
     """
     group = dist.group.WORLD if ranks.world_size > 1 else None
     options = {"group": group, "implementation": config.train.loss_implementation}
-    captions = batch.captions
     keys = torch.from_numpy(batch.samples.view("int64") ^ batch.index)
     keys = keys.to(ranks.device, non_blocking=True)
     size = config.train.micro_batch_size or len(batch.images)
-    parts = [slice(i, i + size) for i in range(0, len(batch.images), size)]
+    *early, last = [slice(i, i + size) for i in range(0, len(batch.images), size)]
 
-    def loss_of(images: torch.Tensor, texts: Any, *scalars: torch.Tensor) -> torch.Tensor:
-        if config.train.loss == "siglip":
-            return siglip_loss(images, texts, *scalars, **options)
-        return clip_loss(
-            images, texts, *scalars, label_smoothing=config.train.label_smoothing, **options
-        )
+    def encode_images(part: slice) -> Any:
+        return engine(batch.images[part], None, keys[part])
 
-    def gather(texts: torch.Tensor) -> Any:
-        """Their way to all ranks runs under the image tower, so does their gradient's way back."""
-        return texts if group is None else start_gather(texts, group)
+    def encode_texts(part: slice) -> torch.Tensor:
+        return engine(None, batch.captions.part(part))[1]
 
-    if len(parts) == 1:
-        texts = gather(engine(None, captions)[1])
-        images, _, *scalars = engine(batch.images, None, keys)
-        loss = loss_of(images, texts, *scalars)
-        result = StepResult(loss, scalars[0], ranks)
-        backward(engine, loss, stage, loss_scale)
-        finish_step(engine, stage, loss_scale, result)
-        return result
     # Feature caching: the features of all micro-batches first, one loss over all of them, then the
-    # backward micro-batch by micro-batch: exactly the gradients of the large batch.
+    # backward micro-batch by micro-batch: exactly the gradients of the large batch. The last one's
+    # graph is kept, the others are encoded again.
     with torch.no_grad():
-        texts = torch.cat([engine(None, captions.part(part))[1] for part in parts], dim=-2)
-    texts.requires_grad_()
-    gathered = gather(texts)
+        cached = [encode_texts(part) for part in early]
+    texts, cached_texts = join(cached, encode_texts(last))
+    # Their way to all ranks runs under the image tower, so does their gradient's way back.
+    gathered = texts if group is None else start_gather(texts, group)
     with torch.no_grad():
-        cached = [engine(batch.images[part], None, keys[part]) for part in parts]
-    images = torch.cat([outputs[0] for outputs in cached]).requires_grad_()
-    scalars = [scalar.detach().requires_grad_() for scalar in cached[0][2:]]
-    loss = loss_of(images, gathered, *scalars)
+        cached = [encode_images(part)[0] for part in early]
+    live, _, *scalars = encode_images(last)
+    images, cached_images = join(cached, live)
+    leaves: tuple[Any, Any] = cached_images, cached_texts
+    if config.train.loss == "siglip":
+        loss = siglip_loss(images, gathered, *scalars, **options)
+    else:
+        smoothing = config.train.label_smoothing
+        loss = clip_loss(images, gathered, *scalars, label_smoothing=smoothing, **options)
     result = StepResult(loss, scalars[0], ranks)
-    (loss * loss_scale.value).backward()
-    leaves: list[Any] = [images, texts, *scalars]
-    image_gradient, text_gradient, *scalar_gradients = [leaf.grad for leaf in leaves]
-    for part in parts:
-        part_images, part_texts, *scalars = engine(
-            batch.images[part], captions.part(part), keys[part]
+    backward(engine, loss, stage, loss_scale)
+    for part in early:
+        engine.step()
+        inputs = batch.images[part], batch.captions.part(part)
+        outputs = engine(
+            *(x if leaf.grad is not None else None for x, leaf in zip(inputs, leaves)), keys[part]
         )
-        surrogate = (part_images.float() * image_gradient[part]).sum()
-        surrogate = surrogate + (part_texts.float() * text_gradient[..., part, :]).sum()
-        for scalar, gradient in zip(scalars, scalar_gradients):
-            surrogate = surrogate + scalar * gradient / len(parts)
+        # Every parameter takes part in every micro-batch, as ZeRO expects: the scalars with 0.
+        surrogate = 0.0 * sum(outputs[2:])
+        for features, leaf in zip(outputs, leaves):
+            if features is not None:
+                surrogate = surrogate + (features.float() * leaf.grad[..., part, :]).sum()
         backward(engine, surrogate / loss_scale.value, stage, loss_scale)
-        finish_step(engine, stage, loss_scale, result)
+    meanwhile()
+    finish_step(engine, stage, loss_scale, result)
     return result
+
+
+def join(cached: list[torch.Tensor], live: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Features of all micro-batches, and the cached ones as a leaf that collects their gradient."""
+    if not cached:
+        return live, None
+    leaf = torch.cat(cached, dim=-2).requires_grad_(live.requires_grad)
+    return torch.cat([leaf, live], dim=-2), leaf
 
 
 def backward(engine: Any, loss: torch.Tensor, stage: int, loss_scale: LossScale) -> None:
@@ -142,14 +148,11 @@ def backward(engine: Any, loss: torch.Tensor, stage: int, loss_scale: LossScale)
 
 
 def finish_step(engine: Any, stage: int, loss_scale: LossScale, result: StepResult) -> None:
-    """Step, which updates at the last micro-batch alone, unless a gradient is not finite.
+    """Step after the last micro-batch, unless a gradient is not finite.
 
     ZeRO looks for such gradients itself. Plain data parallelism (stage 0) does not, and keeps no
     norm: it is taken from the averaged gradients, which are the same on every rank.
     """
-    if not engine.is_gradient_accumulation_boundary():
-        engine.step()
-        return
     if stage > 0:
         engine.step()
         result.applied = engine.was_step_applied()

@@ -1,10 +1,12 @@
 """Checks that torch, its CUDA, triton and the NVIDIA driver fit together.
 
 python requirements/check.py
+python requirements/check.py --gpu     only tells, by its exit code, whether a GPU can be used here
+python requirements/check.py --driver  only looks at the driver, before anything is downloaded
 """
 
+import ctypes
 import re
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -21,21 +23,36 @@ def installed(package: str) -> str:
 
 
 def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the NVIDIA driver serves; None where there is no driver."""
+    """The newest CUDA that the NVIDIA driver serves; None where no GPU can be used.
+
+    Asked of the driver itself: containers often lack nvidia-smi.
+    """
     try:
-        text = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
         return None
-    found = re.search(r"CUDA Version: *(\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else None
+    number, gpus = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(gpus)) or not gpus.value:
+        return None
+    driver.cuDriverGetVersion(ctypes.byref(number))  # 13020 is 13.2
+    return number.value // 1000, number.value % 1000 // 10
 
 
 def main() -> None:
+    driver = driver_cuda()
+    if "--gpu" in sys.argv:
+        sys.exit(driver is None)
+    if driver is not None and driver < (13, 0):
+        fail(
+            f"the NVIDIA driver here serves CUDA {driver[0]}.{driver[1]} at most, torch and DALI "
+            "need CUDA 13. Install driver 580 or newer, or work on the CPU: CUDA_VISIBLE_DEVICES="
+        )
+    if "--driver" in sys.argv:
+        return
     if installed("torch") == "none":
         fail(f"torch is not installed beside {sys.executable}. Run: make train (without PYTHON=)")
     import torch
 
-    driver = driver_cuda()
     cuda = torch.version.cuda
     if driver is None and cuda is not None and "--torch-only" in sys.argv:
         fail(
@@ -48,11 +65,6 @@ def main() -> None:
         fail(
             f"this machine has an NVIDIA driver for CUDA {driver[0]}.{driver[1]}, but torch "
             f"{torch.__version__} is a CPU build. Install requirements/cuda.txt."
-        )
-    if driver is not None and int(cuda.split(".")[0]) > driver[0]:
-        fail(
-            f"torch {torch.__version__} is built for CUDA {cuda}, the driver serves CUDA "
-            f"{driver[0]}.{driver[1]} at most. Install a newer driver (580 or newer for CUDA 13)."
         )
     if "--torch-only" in sys.argv:
         return

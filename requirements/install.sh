@@ -16,6 +16,7 @@ for candidate in ${SETUP_PYTHON:-python3.12 python3.11 python3.13 python3}; do
 done
 [ -n "$python" ] || fail "needs Python 3.11, 3.12 or 3.13, found $(python3 --version 2>/dev/null || echo none)." \
   "Install one, or name it: make train SETUP_PYTHON=/path/to/python3.12"
+"$python" requirements/check.py --driver
 command -v c++ >/dev/null || command -v g++ >/dev/null || fail \
   "needs a C++20 compiler, found neither c++ nor g++ on PATH (Debian: apt-get install g++)."
 header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
@@ -23,7 +24,7 @@ header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/
 
 "$python" -m venv "$venv" || fail "could not create a virtual environment with $python (Debian: apt-get install python3-venv)."
 pins=requirements/cpu.txt
-if nvidia-smi >/dev/null 2>&1; then pins=requirements/cuda.txt; fi
+if "$python" requirements/check.py --gpu; then pins=requirements/cuda.txt; fi
 echo "laclip set-up: $("$python" --version), $pins (about 2.6 GB without a GPU, 6 GB with one)"
 torch=$(grep '^torch==' "$pins")
 "$venv/bin/pip" install --disable-pip-version-check -q "$(grep '^numpy==' requirements/common.txt)"

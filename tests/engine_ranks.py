@@ -61,9 +61,7 @@ def global_batch(index: int, size: int) -> LoadedBatch:
     for row, end in zip(token_ids, ends):
         row[end], row[end + 1 :] = EOT, 0
     samples = np.arange(size, dtype=np.uint64) + np.uint64(1000 * index)
-    return LoadedBatch(
-        index, images, pack(token_ids, EOT), samples, np.zeros(size, np.uint8), 0, 0.0
-    )
+    return LoadedBatch(index, images, pack(token_ids, EOT), samples, np.zeros(size, np.uint8), 0)
 
 
 def own_part(batch: LoadedBatch, ranks) -> LoadedBatch:
@@ -76,7 +74,6 @@ def own_part(batch: LoadedBatch, ranks) -> LoadedBatch:
         batch.samples[own],
         batch.drawn_variants[own],
         0,
-        0.0,
     )
 
 
@@ -104,7 +101,7 @@ def train(engine, config, stage, ranks, steps, spoil=lambda batch: None) -> list
         spoil(batch)
         for group in engine.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * group.get("lr_scale", 1.0)
-        result = train_step(engine, batch, config, ranks, stage, loss_scale)
+        result = train_step(engine, batch, config, ranks, stage, loss_scale, lambda: None)
         found.append((*result.numbers(), result.gradient_norm(), result.applied))
     return found
 
@@ -191,6 +188,7 @@ def run_events(ranks) -> dict:
     for size in (0, 4):
         config = configure(f"train.micro_batch_size={size}")
         engine = start(config, 1, ranks)
+        assert not engine.tput_timer.config.enabled  # it would wait for the GPU at every forward
         for name in ("text", "image"):
             tower = getattr(engine.module, name)
             tower.register_forward_hook(lambda *_, name=name: events.append(f"{name} forward"))

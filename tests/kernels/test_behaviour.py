@@ -96,32 +96,50 @@ def test_validation_without_gradients_equals_the_training_loss(implementation, d
 
 @both_losses
 @every_fused
-def test_features_need_not_be_contiguous_or_aligned(loss, implementation, device):
-    image, text, *scalars = inputs(loss, "random", 65, 64, BF16, device, 20.0)
+@pytest.mark.parametrize("batch", [1, 65])
+def test_features_need_not_be_contiguous_or_aligned(loss, implementation, batch, device):
+    # torch calls a single row contiguous whatever its stride.
+    image, text, *scalars = inputs(loss, "random", batch, 64, BF16, device, 20.0)
     expected = gradients(PUBLIC[loss], [image, text, *scalars], implementation=implementation)
-    wide = torch.zeros(65, 67, dtype=BF16, device=device)
-    wide[:, 3:] = image
-    flat = torch.zeros(65 * 64 + 1, dtype=BF16, device=device)
+    wide = torch.zeros(batch, 67, dtype=BF16, device=device)
+    wide[:, :64] = image
+    flat = torch.zeros(batch * 64 + 1, dtype=BF16, device=device)
     flat[1:] = text.reshape(-1)
     leaves = [wide.requires_grad_(), flat.requires_grad_()]
-    strided = [leaves[0][:, 3:], leaves[1][1:].view(65, 64)]
+    strided = [leaves[0][:, :64], leaves[1][1:].view(batch, 64)]
     found = PUBLIC[loss](*strided, *scalars, implementation=implementation)
     found.backward()
     assert torch.equal(found, expected[0])
-    assert torch.equal(leaves[0].grad[:, 3:], expected[1])
-    assert torch.equal(leaves[1].grad[1:].view(65, 64), expected[2])
+    assert torch.equal(leaves[0].grad[:, :64], expected[1])
+    assert torch.equal(leaves[1].grad[1:].view(batch, 64), expected[2])
+
+
+def use_tf32():
+    torch.set_float32_matmul_precision("high")
+
+
+def use_bf16():
+    torch.set_float32_matmul_precision("medium")
+
+
+def use_tf32_by_backend():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
 @both_losses
 @every_fused
-def test_autocast_and_precision_settings_change_nothing(loss, implementation, device):
+@pytest.mark.parametrize("use", [use_tf32, use_bf16, use_tf32_by_backend])
+def test_autocast_and_precision_settings_change_nothing(loss, implementation, use, device):
     tensors = inputs(loss, "random", 65, 64, torch.float32, device, 20.0)
     expected = gradients(PUBLIC[loss], tensors, implementation=implementation)
-    torch.set_float32_matmul_precision("medium")
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    use()
+    before = [backend.fp32_precision for backend in backends]
     try:
         with torch.autocast(device, torch.bfloat16):
             found = gradients(PUBLIC[loss], tensors, implementation=implementation)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert [backend.fp32_precision for backend in backends] == before
     finally:
         torch.set_float32_matmul_precision("highest")
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
