@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from laclip.loader import shard_files
 from laclip.tokenizer import load_tokenizer
 
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
-CAPTION, CROP = 3, 4  # streams of csrc/epoch_order.hpp
+CAPTION = 3  # stream of csrc/epoch_order.hpp
 
 
 def options(**values):
@@ -222,46 +221,6 @@ def test_padded_captions_are_the_packed_ones_and_padding():
 def test_a_tokenizer_without_start_token_begins_with_the_text():
     with_start, without = (captions(reader(sot_token=s).read(0))[0] for s in (49406, -1))
     assert all(a[1:].tolist() == b.tolist() for a, b in zip(with_start, without))
-
-
-def twin_window(width, height, sample, epoch, seed, scale, ratio):
-    """torchvision's RandomResizedCrop.get_params on the same random numbers."""
-    for attempt in range(10):
-        words = _native.philox([sample, epoch, CROP, attempt], seed, 0)
-        unit = [(word >> 11) / 2**53 for word in words[:2]]
-        area = width * height * (scale[0] + unit[0] * (scale[1] - scale[0]))
-        aspect = math.exp(math.log(ratio[0]) + unit[1] * (math.log(ratio[1]) - math.log(ratio[0])))
-        w = math.floor(math.sqrt(area * aspect) + 0.5)
-        h = math.floor(math.sqrt(area / aspect) + 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            return [
-                (words[2] * (width - w + 1)) >> 64,
-                (words[3] * (height - h + 1)) >> 64,
-                w,
-                h,
-            ]
-    w, h = width, height
-    if width / height < ratio[0]:
-        h = math.floor(w / ratio[0] + 0.5)
-    elif width / height > ratio[1]:
-        w = math.floor(h * ratio[1] + 0.5)
-    return [(width - w) // 2, (height - h) // 2, w, h]
-
-
-@pytest.mark.parametrize("scale", [(0.5, 1.0), (0.08, 1.0), (0.9, 1.0)])
-def test_crop_windows_equal_the_slow_twin(scale):
-    train = reader(scale_low=scale[0], scale_high=scale[1], ratio_low=0.75, ratio_high=4 / 3)
-    dataset = open_dataset(EMOJI / "train")
-    records = np.concatenate([dataset.samples(s).records for s in range(len(dataset.shards))])
-    for _ in range(3):
-        batch = train.next()
-        for i, sample in enumerate(batch.samples.tolist()):
-            record = records[sample]
-            width, height = int(record["width"]), int(record["height"])
-            expected = twin_window(
-                width, height, sample, int(batch.epochs[i]), 7, scale, (0.75, 4 / 3)
-            )
-            assert batch.windows[i].tolist() == expected
 
 
 def test_flips_are_drawn_evenly_and_only_when_asked_for():
