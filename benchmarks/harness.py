@@ -3,7 +3,7 @@
 python benchmarks/harness.py FILE...    print the records of result files as a table
 
 A result file holds one JSON object a line. Times on a GPU are CUDA events, on a CPU the wall clock
-(where others share the machine, only ratios hold).
+(where others share the machine, only ratios hold) or, where a benchmark says so, the process's.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def _output(*command: str) -> str | None:
     return run.stdout.strip() if run.returncode == 0 else None
 
 
-def _timed(case: Case, turn: int, device: str) -> float:
+def _timed(case: Case, turn: int, device: str, clock: Callable[[], float]) -> float:
     state = case.prepare(turn)
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -118,9 +118,9 @@ def _timed(case: Case, turn: int, device: str) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
-    begin = time.perf_counter()
+    begin = clock()
     case.run(state)
-    return (time.perf_counter() - begin) * 1e3
+    return (clock() - begin) * 1e3
 
 
 def _resident_mib(name: str) -> float:
@@ -155,11 +155,13 @@ def compare(
     device: str,
     seconds: float = 2.0,
     most: int = 50,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Record]:
     """Time the cases turn about, after a warm-up of each.
 
     Each gets about `seconds` in all: at least 5 calls (3 where one takes that long), at most
     `most`. A case that runs out of memory is recorded as failed; any other exception is raised.
+    clock: of a CPU's times; time.process_time where others share its cores.
     """
     alive: list[Case] = []
     failures: dict[str, str] = {}
@@ -168,10 +170,10 @@ def compare(
     cases = list(cases)
     for case in cases:
         try:
-            _timed(case, 0, device)
-            once = _timed(case, 1, device)
+            _timed(case, 0, device, clock)
+            once = _timed(case, 1, device, clock)
             estimates[case.name] = (
-                once if once > seconds * 1e3 else min(once, _timed(case, 2, device))
+                once if once > seconds * 1e3 else min(once, _timed(case, 2, device, clock))
             )
             peaks[case.name] = _peak_memory_mib(case, device)
             alive.append(case)
@@ -190,7 +192,7 @@ def compare(
     for turn in range(max(repeats.values(), default=0)):
         for case in alive:
             if turn < repeats[case.name]:
-                times[case.name].append(_timed(case, turn, device))
+                times[case.name].append(_timed(case, turn, device, clock))
     records = []
     for case in cases:
         taken = sorted(times.get(case.name, []))
