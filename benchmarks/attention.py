@@ -77,9 +77,10 @@ def main() -> None:
                 backward(masked, rows, layout, causal),
             )
         )
+        choice = cases[-1].run
         for name, backend in PYTORCH[device].items():
 
-            def alone(turn: Any, run=cases[-1].run, backend=backend) -> None:
+            def alone(turn: Any, run=choice, backend=backend) -> None:
                 with sdpa_kernel(backend):
                     run(turn)
 
