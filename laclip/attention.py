@@ -46,8 +46,13 @@ class CaptionRows(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, backend: str) -> Tensor:
     """Attention within each sequence of the layout; rows [rows, heads, head_dim] in and out.
 
-    backend: sdpa, flash_attn (bf16 and fp16 alone, else ValueError) or xformers.
+    backend: sdpa, or flash_attn or xformers (bf16 and fp16 alone, else ValueError).
     """
+    if backend != "sdpa" and v.dtype == torch.float32:
+        raise ValueError(
+            f"model.attention: {backend} computes in bf16 and fp16, found fp32. "
+            'Set train.precision = "bf16", or model.attention = "sdpa"'
+        )
     if backend == "flash_attn":
         return flash_attention(q, k, v, layout, causal)
     if backend == "xformers":
@@ -73,11 +78,6 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: boo
     """The flash-attn package, by variable lengths where the layout has bounds."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    if v.dtype == torch.float32:
-        raise ValueError(
-            "model.attention: flash_attn computes in bf16 and fp16, found fp32. "
-            'Set train.precision = "bf16", or model.attention = "sdpa"'
-        )
     if layout.bounds is None:
         ((sequences, tokens),) = layout.groups
         q, k, v = (t.unflatten(0, (sequences, tokens)) for t in (q, k, v))
