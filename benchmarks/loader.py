@@ -378,7 +378,7 @@ def training_cases(work, batch, threads):
 
     def step(item):
         with torch.autocast("cuda", torch.bfloat16):
-            outputs = model(item.images, item.token_ids)
+            outputs = model(item.images, item.captions)
         clip_loss(*outputs).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -263,7 +263,6 @@ void BatchReader::plan(Slot& slot) {
   Batch& batch = *slot.batch;
   const bool multi = options_.policy == CaptionPolicy::kMulti;
   const std::size_t size = options_.global_batch_size / options_.world_size;
-  const std::size_t length = options_.context_length;
   batch.size = size;
   batch.variants = multi ? cache_.files(0).variants : 1;
   batch.substitutes = 0;
@@ -273,7 +272,8 @@ void BatchReader::plan(Slot& slot) {
   batch.begin.assign(size + 1, 0);
   batch.window.resize(4 * size);
   batch.mirror.resize(size);
-  batch.token_ids.resize(batch.variants * size * length);
+  batch.token_ids.resize(batch.variants * size * options_.context_length);
+  batch.cu_seqlens.assign(1, 0);
   batch.broken.assign(size, kSound);
   slot.place.resize(size);
   slot.shard.resize(size);
@@ -282,25 +282,31 @@ void BatchReader::plan(Slot& slot) {
   place_samples(position, slot.place);
   for (std::size_t i = 0; i < size; ++i) batch.epoch[i] = (position + i) / samples();
   open_next_window(position);
-  for (std::size_t first = 0; first < size; first += kBlockSamples) {
-    const std::size_t last = std::min(size, first + kBlockSamples);
-    for (std::size_t i = first; i < last; ++i) {
-      slot.shard[i] = &slot.open(cache_, slot.place[i].shard);
-      slot.shard[i]->expect_sample(slot.place[i].index);
-    }
-    for (std::size_t i = first; i < last; ++i) draw_sample(slot, i, *bad);
-    for (std::size_t i = first; i < last; ++i) {
-      const std::uint32_t index = slot.place[i].index;
-      for (std::uint32_t number = 0; number < batch.variants; ++number) {
-        const std::uint32_t variant = multi ? number : batch.variant[i];
-        write_caption(*slot.shard[i], index, variant,
-                      &batch.token_ids[(number * size + i) * length]);
+  std::int32_t* const tokens = batch.token_ids.data();
+  std::int32_t* out = tokens;
+  for (std::uint32_t number = 0; number < batch.variants; ++number) {
+    for (std::size_t first = 0; first < size; first += kBlockSamples) {
+      const std::size_t last = std::min(size, first + kBlockSamples);
+      if (number == 0) {
+        for (std::size_t i = first; i < last; ++i) {
+          slot.shard[i] = &slot.open(cache_, slot.place[i].shard);
+          slot.shard[i]->expect_sample(slot.place[i].index);
+        }
+        for (std::size_t i = first; i < last; ++i) draw_sample(slot, i, *bad);
+      }
+      const auto variant_of = [&](std::size_t i) { return multi ? number : batch.variant[i]; };
+      for (std::size_t i = first; i < last; ++i) {
+        slot.shard[i]->expect_caption(slot.place[i].index, variant_of(i));
+      }
+      for (std::size_t i = first; i < last; ++i) {
+        out = write_caption(*slot.shard[i], slot.place[i].index, variant_of(i), out);
+        batch.cu_seqlens.push_back(static_cast<std::int32_t>(out - tokens));
       }
     }
   }
 }
 
-// All that is decided about a sample but the tokens of its caption, which are asked for.
+// All that is decided about a sample but the tokens of its caption.
 void BatchReader::draw_sample(Slot& slot, std::size_t i, const std::set<std::uint64_t>& bad) {
   Batch& batch = *slot.batch;
   const Shard& shard = *slot.shard[i];
@@ -324,7 +330,6 @@ void BatchReader::draw_sample(Slot& slot, std::size_t i, const std::set<std::uin
   const std::uint32_t flags = shard.caption_entry(place.index, variant);
   if ((flags & (kCaptionMissing | kCaptionShort)) != 0) variant = 0;
   batch.variant[i] = static_cast<std::uint8_t>(variant);
-  shard.expect_caption(place.index, variant);
 }
 
 bool BatchReader::is_bad(const Shard& shard, SamplePlace place,
@@ -376,17 +381,22 @@ SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
   return found;
 }
 
-// Start of text, the caption cut to fit, end of text, padding.
-void BatchReader::write_caption(const Shard& shard, std::uint32_t index, std::uint32_t variant,
-                                std::int32_t* out) const {
+// Start of text, the caption cut to fit, end of text. A text may hold an end of text of its own: a
+// padded caption keeps what follows it, a packed one ends there, as it is pooled at its end.
+// Returns where the next caption begins.
+std::int32_t* BatchReader::write_caption(const Shard& shard, std::uint32_t index,
+                                         std::uint32_t variant, std::int32_t* out) const {
   const std::uint32_t flags = shard.caption_entry(index, variant);
   if ((flags & (kCaptionMissing | kCaptionShort)) != 0) variant = 0;
-  const std::size_t begin = options_.sot_token < 0 ? 0 : 1;
-  if (begin == 1) out[0] = options_.sot_token;
-  const std::size_t end =
-      begin + shard.caption(index, variant, {out + begin, options_.context_length - begin - 1});
-  out[end] = options_.eot_token;
-  std::fill(out + end + 1, out + options_.context_length, options_.pad_token);
+  std::int32_t* const limit = out + options_.context_length;
+  if (options_.sot_token >= 0) *out++ = options_.sot_token;
+  std::int32_t* end =
+      out + shard.caption(index, variant, {out, static_cast<std::size_t>(limit - out) - 1});
+  if (!options_.pad_captions) end = std::find(out, end, options_.eot_token);
+  *end++ = options_.eot_token;
+  if (!options_.pad_captions) return end;
+  std::fill(end, limit, options_.pad_token);
+  return limit;
 }
 
 void BatchReader::read_part(Slot& slot, std::size_t part) {

@@ -36,6 +36,7 @@ struct ReaderOptions : DrawOptions {
   std::int32_t sot_token = 0;  // -1: captions begin without one
   std::int32_t eot_token = 0;
   std::int32_t pad_token = 0;
+  bool pad_captions = false;  // each to context_length
   std::uint64_t max_pixels = 100'000'000;
   bool exif_rotation = false;  // windows lie in the image turned as its EXIF data says
 };
@@ -74,11 +75,17 @@ struct Batch {
   std::vector<std::uint8_t> variant;  // [size] the drawn caption; 0 for kMulti
   std::vector<std::uint64_t> begin;   // [size + 1] encoded image i: bytes [begin[i], begin[i + 1])
   ByteBuffer buffer;
-  std::vector<std::int32_t> window;     // [size, 4] x, y, width, height in pixels
-  std::vector<std::uint8_t> mirror;     // [size] 1: flip left to right
-  std::vector<std::int32_t> token_ids;  // [variants, size, context_length]
-  std::uint64_t substitutes = 0;        // samples that stand in for bad ones
-  std::vector<std::uint8_t> broken;     // [size] BrokenReason
+  std::vector<std::int32_t> window;      // [size, 4] x, y, width, height in pixels
+  std::vector<std::uint8_t> mirror;      // [size] 1: flip left to right
+  std::vector<std::int32_t> token_ids;   // captions end to end, the first variant of all samples
+                                         // first; what follows the last of them is no caption
+  std::vector<std::int32_t> cu_seqlens;  // [variants * size + 1] begin of each caption, and the end
+  std::uint64_t substitutes = 0;         // samples that stand in for bad ones
+  std::vector<std::uint8_t> broken;      // [size] BrokenReason
+
+  std::span<const std::int32_t> captions() const {
+    return std::span(token_ids).first(static_cast<std::size_t>(cu_seqlens.back()));
+  }
 };
 
 // Gives out batches, and again those whose last owner is gone: their memory stays mapped.
@@ -128,8 +135,8 @@ class BatchReader {
   void open_next_window(std::uint64_t first);
   bool is_bad(const Shard& shard, SamplePlace place, const std::set<std::uint64_t>& bad) const;
   SamplePlace substitute(Slot& slot, std::size_t position, const std::set<std::uint64_t>& bad);
-  void write_caption(const Shard& shard, std::uint32_t index, std::uint32_t variant,
-                     std::int32_t* out) const;
+  std::int32_t* write_caption(const Shard& shard, std::uint32_t index, std::uint32_t variant,
+                              std::int32_t* out) const;
   void read_part(Slot& slot, std::size_t part);
   void work();
 

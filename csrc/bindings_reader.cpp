@@ -75,6 +75,7 @@ void bind_reader(nb::module_& module) {
       .def_rw("sot_token", &ReaderOptions::sot_token)
       .def_rw("eot_token", &ReaderOptions::eot_token)
       .def_rw("pad_token", &ReaderOptions::pad_token)
+      .def_rw("pad_captions", &ReaderOptions::pad_captions)
       .def_rw("scale_low", &ReaderOptions::scale_low)
       .def_rw("scale_high", &ReaderOptions::scale_high)
       .def_rw("ratio_low", &ReaderOptions::ratio_low)
@@ -119,13 +120,16 @@ void bind_reader(nb::module_& module) {
                      auto& batch = nb::cast<Batch&>(self);
                      return view(self, batch.broken.data(), {batch.size});
                    })
-      .def_prop_ro(
-          "token_ids",
-          [](nb::handle self) {
-            auto& batch = nb::cast<Batch&>(self);
-            const std::size_t length = batch.token_ids.size() / (batch.variants * batch.size);
-            return view(self, batch.token_ids.data(), {batch.variants, batch.size, length});
-          })
+      .def_prop_ro("token_ids",
+                   [](nb::handle self) {
+                     auto& batch = nb::cast<Batch&>(self);
+                     return view(self, batch.token_ids.data(), {batch.captions().size()});
+                   })
+      .def_prop_ro("cu_seqlens",
+                   [](nb::handle self) {
+                     auto& batch = nb::cast<Batch&>(self);
+                     return view(self, batch.cu_seqlens.data(), {batch.cu_seqlens.size()});
+                   })
       .def_prop_ro("begins",
                    [](nb::handle self) {
                      auto& batch = nb::cast<Batch&>(self);

@@ -1,12 +1,15 @@
 """Attention over rows of tokens, and how captions are laid out as rows."""
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if TYPE_CHECKING:
+    from laclip.captions import PackedCaptions
 
 CAPTION_STEP = 8  # captions are grouped by length, rounded up to a multiple of this
 CAPTION_PORTIONS = 32  # and their groups by size: a multiple of one part in so many of the batch
@@ -30,6 +33,15 @@ class Layout(NamedTuple):
     groups: tuple[tuple[int, int], ...]
     bounds: Any = None
     longest: int = 0
+
+
+class CaptionRows(NamedTuple):
+    """The rows that a text tower computes for a batch of captions."""
+
+    token_ids: Tensor  # int32 [rows]
+    places: Tensor  # int32 [rows], each token's place in its caption
+    pooled: Tensor  # int64 [captions], the row that a caption's features are read from
+    layout: Layout
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, backend: str) -> Tensor:
@@ -89,50 +101,54 @@ def xformers_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tenso
     return memory_efficient_attention(q, k, v).flatten(0, 1)
 
 
-def group_captions(
-    lengths: Tensor, histogram: list[int], tokens: int
-) -> tuple[Tensor, Tensor, Layout]:
-    """Groups captions of similar length, each padded to its group's length.
+def group_captions(captions: "PackedCaptions", tokens: int) -> CaptionRows:
+    """Groups captions of similar length, each padded to its group's length by its last token.
 
     Each group but the shortest takes a whole number of thirty-seconds of the captions, the last of
     them from the next shorter ones: so a few numbers of rows serve all batches, and what is
-    allocated or compiled for one serves the next. The result is a function of the lengths alone,
-    so that a batch always runs in the same shapes. lengths: [captions] int64. Returns the rows'
-    places in the flattened [captions, tokens] grid, each caption's pooled row, and the layout.
+    allocated or compiled for one serves the next. The result is a function of the captions alone,
+    so that a batch always runs in the same shapes. tokens: the longest that a caption may be.
     """
-    portion, longer, grouped = max(1, len(lengths) // CAPTION_PORTIONS), 0, 0
+    lengths, count = captions.lengths, len(captions.cu_seqlens) - 1
+    histogram = torch.bincount((lengths - 1) // CAPTION_STEP).tolist()
+    portion, longer, grouped = max(1, count // CAPTION_PORTIONS), 0, 0
     groups: list[tuple[int, int]] = []  # from the longest on
     for i in reversed(range(len(histogram))):
         longer += histogram[i]
-        up_to = min(len(lengths), -(-longer // portion) * portion)
+        up_to = min(count, -(-longer // portion) * portion)
         if up_to > grouped:
             groups.append((up_to - grouped, min((i + 1) * CAPTION_STEP, tokens)))
             grouped = up_to
     groups.reverse()
     order = torch.argsort(lengths, stable=True)
-    rows, begins, start = [], [], 0
-    for (count, length), captions in zip(groups, order.split([n for n, _ in groups])):
-        step = torch.arange(length, device=lengths.device)
-        rows.append((captions[:, None] * tokens + step).flatten())
-        begins.append(torch.arange(start, start + count * length, length, device=lengths.device))
-        start += count * length
-    pooled = torch.empty_like(lengths)
-    pooled[order] = torch.cat(begins) + lengths[order] - 1
-    return torch.cat(rows), pooled, Layout(tuple(groups))
+    sizes = [size for size, _ in groups]
+    begins, lasts = captions.cu_seqlens[:-1][order].split(sizes), (lengths[order] - 1).split(sizes)
+    rows, places, ends, start = [], [], [], 0
+    for (size, length), begin, last in zip(groups, begins, lasts):
+        step = torch.arange(length, dtype=torch.int32)
+        rows.append((begin[:, None] + torch.minimum(step, last[:, None])).flatten())
+        places.append(step.repeat(size))
+        ends.append(torch.arange(start, start + size * length, length) + last)
+        start += size * length
+    pooled = torch.empty(count, dtype=torch.int64)
+    pooled[order] = torch.cat(ends)
+    token_ids = captions.token_ids[torch.cat(rows)]
+    return CaptionRows(token_ids, torch.cat(places), pooled, Layout(tuple(groups)))
 
 
-def pack_captions(lengths: Tensor, tokens: int, backend: str) -> tuple[Tensor, Tensor, Layout]:
-    """Puts captions end to end without any padding, for variable-length attention.
+def join_captions(captions: "PackedCaptions", tokens: int, backend: str) -> CaptionRows:
+    """Captions end to end without any padding, for variable-length attention.
 
-    Arguments and result as in `group_captions`; the layout has bounds.
+    tokens: the longest that a caption may be. backend: flash_attn or xformers. The layout has
+    bounds.
     """
-    rows = (
-        (torch.arange(tokens, device=lengths.device) < lengths[:, None]).flatten().nonzero()[:, 0]
-    )
-    ends = lengths.cumsum(0)
-    bounds: Any = F.pad(ends, (1, 0)).int()
+    lengths, begins = captions.lengths, captions.cu_seqlens[:-1]
+    places = torch.arange(len(captions.token_ids), dtype=torch.int32)
+    places -= begins.repeat_interleave(lengths)
+    bounds: Any = captions.cu_seqlens
     if backend == "xformers":
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
         bounds = BlockDiagonalCausalMask.from_seqlens(lengths.tolist())
-    return rows, ends - 1, Layout((), bounds, tokens)
+    pooled = captions.cu_seqlens[1:].long() - 1
+    return CaptionRows(captions.token_ids, places, pooled, Layout((), bounds, tokens))

@@ -1,11 +1,12 @@
 """The arithmetic of a training step, and which share of the GPU's peak it is (MFU)."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
+    from laclip.captions import PackedCaptions
     from laclip.config import ModelConfig
 
 # Dense bf16 FLOP/s by a part of the device's name, from the data sheets; the first match counts.
@@ -67,25 +68,22 @@ def peak_flops(device_name: str) -> float | None:
 
 def utilization(
     config: "ModelConfig",
-    token_ids: Tensor,
-    eot_token: int,
+    captions: "PackedCaptions",
     images_per_second: float,
     device: torch.device,
 ) -> dict[str, float]:
     """What one device achieves: TFLOP/s, and their share of its peak (MFU) where that is known.
 
-    token_ids: [batch, tokens] or [captions, batch, tokens], on the CPU. images_per_second: of this
-    device. Returns tflops_padded, with every caption counted at the full context, and tflops_real,
-    at the captions' mean length up to the end-of-text token; mfu_padded and mfu_real alike.
+    captions: of a batch that stands for all. images_per_second: of this device. Returns
+    tflops_padded, with every caption counted at the full context, and tflops_real, at the captions'
+    mean length; mfu_padded and mfu_real alike.
     """
-    captions = 1 if token_ids.ndim == 2 else len(token_ids)
-    real = None
-    if config.text.pool == "eot":
-        real = float((token_ids == eot_token).int().argmax(dim=-1).float().mean()) + 1
+    *variants, _ = captions.shape
+    real = len(captions.token_ids) / math.prod(captions.shape)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     found = {}
     for name, tokens in (("padded", None), ("real", real)):
-        rate = training_flops(config, tokens, captions) * images_per_second
+        rate = training_flops(config, tokens, math.prod(variants)) * images_per_second
         found[f"tflops_{name}"] = rate / 1e12
         if peak is not None:
             found[f"mfu_{name}"] = rate / peak

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from laclip import _native
+from laclip.captions import PackedCaptions
 from laclip.config import DataConfig
 from laclip.dataset import Dataset
 from laclip.images import DecodeError, ImagePipeline
@@ -34,7 +35,7 @@ class LoadedBatch:
 
     index: int
     images: torch.Tensor  # [batch, 3, size, size] on the device, of the loader's dtype
-    token_ids: torch.Tensor  # int32 [batch, context_length] or [variants, batch, ...], on the host
+    captions: PackedCaptions  # of shape [batch], or [variants, batch] for data.captions = "multi"
     samples: np.ndarray  # uint64 [batch], places in the list of all samples
     drawn_variants: np.ndarray  # uint8 [batch], the caption that was drawn
     substitutes: int  # samples that stand in for bad ones
@@ -67,9 +68,10 @@ class Loader:
     """Iterates over batches from `start` on, without end.
 
     datasets: opened dataset folders, tokenized by `tokenizer`. global_batch_size: over all ranks;
-    a multiple of world_size. image_size: pixels a side. dtype: of the images. bad_samples: samples
-    known to be bad, as an earlier run's `bad_samples` gave them. bad_log: a JSONL file to which
-    this rank appends what it finds. Raises ValueError for settings that contradict the datasets.
+    a multiple of world_size. image_size: pixels a side. pad_captions: to the context length, for a
+    text tower that pools at the last place. dtype: of the images. bad_samples: samples known to be
+    bad, as an earlier run's `bad_samples` gave them. bad_log: a JSONL file to which this rank
+    appends what it finds. Raises ValueError for settings that contradict the datasets.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Loader:
         global_batch_size: int,
         image_size: int,
         context_length: int,
+        pad_captions: bool = False,
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
@@ -99,6 +102,7 @@ class Loader:
         for dataset in datasets:
             dataset.check_tokenizer(tokenizer.fingerprint)
         options = reader_options(data, tokenizer, context_length)
+        options.pad_captions = pad_captions
         options.seed = seed
         options.global_batch_size = global_batch_size
         options.rank, options.world_size = rank, world_size
@@ -186,15 +190,14 @@ class Loader:
             except DecodeError as error:
                 self._replace(error)
         batch = self._in_flight.popleft()
-        token_ids = torch.from_numpy(batch.token_ids)
-        if self._device.type == "cuda":
-            # They stay on the host: the text tower lays captions out without waiting for the GPU.
-            token_ids = token_ids.pin_memory()
+        shape = (batch.variants, batch.size) if self._multi else (batch.size,)
         self._samples_read += batch.size
         return LoadedBatch(
             index=batch.index,
             images=images,
-            token_ids=token_ids if self._multi else token_ids[0],
+            captions=PackedCaptions(
+                torch.from_numpy(batch.token_ids), torch.from_numpy(batch.cu_seqlens), shape
+            ),
             samples=batch.samples,
             drawn_variants=batch.drawn_variants,
             substitutes=batch.substitutes,

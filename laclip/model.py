@@ -10,7 +10,7 @@ import math
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._dynamo
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from laclip.attention import CAPTION_STEP, Layout, attend, group_captions, pack_captions
+from laclip.attention import Layout, attend, group_captions, join_captions
+from laclip.captions import PackedCaptions, pack
 
 if TYPE_CHECKING:
     from laclip.config import ModelConfig, TextConfig, VisionConfig
@@ -198,7 +199,7 @@ class VisionTransformer(Tower):
 
 
 class TextTransformer(Tower):
-    """The text tower: token ids [captions, tokens] to unit-length [captions, embed_dim]."""
+    """The text tower: packed captions to unit-length features [captions, embed_dim]."""
 
     def __init__(
         self, config: "TextConfig", embed_dim: int, backend: str, vocab_size: int, eot_token: int
@@ -206,7 +207,7 @@ class TextTransformer(Tower):
         super().__init__(config, embed_dim, qk_norm=False, causal=True, backend=backend)
         width, self.context_length = config.width, config.context_length
         self.vocab_size, self.eot_token, self.backend = vocab_size, eot_token, backend
-        self.packed = config.pool == "eot"
+        self.pools_at_eot = config.pool == "eot"
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         # As OpenAI's CLIP, open_clip and LaCLIP's release do.
@@ -221,61 +222,42 @@ class TextTransformer(Tower):
             nn.init.normal_(block.mlp_in.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp_out.weight, std=out_std)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        device = self.positional_embedding.device
-        captions, tokens = token_ids.shape
-        if tokens > self.context_length:
-            raise ValueError(
-                f"token_ids: found {tokens} tokens a caption, the model has "
-                f"{self.context_length} positions. Set model.text.context_length = {tokens} or "
-                "tokenize again"
-            )
-        if self.packed:
-            counts = self.measure(token_ids)
-            if self.backend == "sdpa":
-                rows, pooled, layout = group_captions(counts.lengths, counts.histogram, tokens)
-            else:
-                rows, pooled, layout = pack_captions(counts.lengths, tokens, self.backend)
+    def forward(self, captions: PackedCaptions) -> Tensor:
+        device, tokens = self.positional_embedding.device, self.context_length
+        self.check(captions)
+        if self.backend == "sdpa":
+            rows = group_captions(captions, tokens)
         else:
-            rows = torch.arange(captions * tokens, device=token_ids.device)
-            pooled = torch.arange(tokens - 1, captions * tokens, tokens, device=token_ids.device)
-            layout = Layout(((captions, tokens),))
+            rows = join_captions(captions, tokens, self.backend)
+        ids, places, pooled = (to_device(t, device) for t in rows[:3])
+        layout = rows.layout
         if isinstance(layout.bounds, Tensor):
             layout = layout._replace(bounds=to_device(layout.bounds, device))
-        pooled, ids, places = (
-            to_device(t, device) for t in (pooled, token_ids.flatten()[rows], rows % tokens)
-        )
         x = self.token_embedding(ids) + F.embedding(places, self.positional_embedding)
         return self.project(self.transform(x.to(_compute_dtype(x)), layout, pooled))
 
-    def measure(self, token_ids: Tensor) -> "CaptionCounts":
-        """The captions' lengths up to the first end-of-text token; refuses ids out of range.
-
-        Where token_ids lies on an accelerator this waits for it, once; on the CPU it does not.
-        """
-        ends = token_ids == self.eot_token
-        lengths = ends.int().argmax(dim=1) + 1
-        buckets = -(-token_ids.shape[1] // CAPTION_STEP)
-        histogram = torch.bincount((lengths - 1) // CAPTION_STEP, minlength=buckets)
-        low, high = torch.aminmax(token_ids)
-        facts = torch.cat([histogram, torch.stack([ends.any(dim=1).all(), low, high])]).tolist()
-        if facts[-2] < 0 or facts[-1] >= self.vocab_size:
+    def check(self, captions: PackedCaptions) -> None:
+        """Refuses captions that are too long, hold ids out of range or have no end of text."""
+        ends = captions.token_ids[captions.cu_seqlens[1:] - 1] == self.eot_token
+        low, high = torch.aminmax(captions.token_ids)
+        facts = torch.stack([captions.lengths.max(), low, high, ends.all()])
+        longest, low, high, ended = facts.tolist()
+        if longest > self.context_length:
             raise ValueError(
-                f"token_ids: found ids from {facts[-2]} to {facts[-1]}, the model's vocabulary "
-                f"has {self.vocab_size}. Tokenize with the model's tokenizer: laclip tokenize"
+                f"token_ids: found {longest} tokens a caption, the model has "
+                f"{self.context_length} positions. Set model.text.context_length = {longest} or "
+                "tokenize again"
             )
-        if not facts[-3]:
-            missing = int((~ends.any(dim=1)).nonzero()[0, 0])
+        if low < 0 or high >= self.vocab_size:
             raise ValueError(
-                f"token_ids: caption {missing} has no end-of-text token ({self.eot_token}). "
-                "Tokenize with the model's tokenizer: laclip tokenize"
+                f"token_ids: found ids from {low} to {high}, the model's vocabulary has "
+                f"{self.vocab_size}. Tokenize with the model's tokenizer: laclip tokenize"
             )
-        return CaptionCounts(lengths, facts[:-3])
-
-
-class CaptionCounts(NamedTuple):
-    lengths: Tensor  # [captions] int64
-    histogram: list[int]  # captions with a length of up to 8, 16, 24, ...
+        if self.pools_at_eot and not ended:
+            raise ValueError(
+                f"token_ids: caption {int(ends.int().argmin())} has no end-of-text token "
+                f"({self.eot_token}). Tokenize with the model's tokenizer: laclip tokenize"
+            )
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
@@ -342,19 +324,20 @@ class CLIP(nn.Module):
         """
         return self.image(images, sample_keys)
 
-    def encode_text(self, token_ids: Tensor) -> Tensor:
-        """Unit-length features [..., embed_dim] of token_ids [..., tokens] int32, in one pass.
+    def encode_text(self, captions: Tensor | PackedCaptions) -> Tensor:
+        """Unit-length features [..., embed_dim] of captions [...], in one pass.
 
-        token_ids may lie on the CPU while the model is on an accelerator: laying out the captions
-        then waits for nothing.
+        captions: packed, or padded token ids [..., tokens] int32. They are laid out on the host,
+        which waits for nothing unless padded ones lie on an accelerator.
         """
-        features = self.text(token_ids.flatten(0, -2))
-        return features.unflatten(0, token_ids.shape[:-1])
+        if isinstance(captions, Tensor):
+            captions = pack(captions, self.text.eot_token if self.text.pools_at_eot else None)
+        return self.text(captions).unflatten(0, captions.shape)
 
     def forward(
         self,
         images: Tensor | None = None,
-        token_ids: Tensor | None = None,
+        captions: Tensor | PackedCaptions | None = None,
         sample_keys: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Returns (image_features, text_features, logit_scale), and logit_bias where there is one.
@@ -363,7 +346,7 @@ class CLIP(nn.Module):
         exponentiated, at most 100; logit_bias: 0-d fp32.
         """
         image_features = None if images is None else self.encode_image(images, sample_keys)
-        text_features = None if token_ids is None else self.encode_text(token_ids)
+        text_features = None if captions is None else self.encode_text(captions)
         logit_scale = _ClampScale.apply(self.logit_scale.float()).exp().squeeze(0)
         if self.logit_bias is None:
             return image_features, text_features, logit_scale

@@ -227,6 +227,7 @@ def run(
         global_batch_size=config.train.global_batch_size,
         image_size=config.model.vision.image_size,
         context_length=config.model.text.context_length,
+        pad_captions=config.model.text.pool == "last",
         device=ranks.device,
         dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
         rank=ranks.rank,
@@ -331,8 +332,7 @@ def run(
                 "memory_mib": peak_memory_mib(ranks),
                 **utilization(
                     config.model,
-                    batch.token_ids,
-                    tokenizer.eot_token,
+                    batch.captions,
                     batch_size / seconds / ranks.world_size,
                     ranks.device,
                 ),

@@ -90,7 +90,7 @@ def train_step(
         return engine(batch.images[part], None, keys[part])
 
     def encode_texts(part: slice) -> torch.Tensor:
-        return engine(None, batch.token_ids[..., part, :])[1]
+        return engine(None, batch.captions.part(part))[1]
 
     # Feature caching: the features of all micro-batches first, one loss over all of them, then the
     # backward micro-batch by micro-batch: exactly the gradients of the large batch. The last one's
@@ -115,7 +115,7 @@ def train_step(
     backward(engine, loss, stage, loss_scale)
     for part in early:
         engine.step()
-        inputs = batch.images[part], batch.token_ids[..., part, :]
+        inputs = batch.images[part], batch.captions.part(part)
         outputs = engine(
             *(x if leaf.grad is not None else None for x, leaf in zip(inputs, leaves)), keys[part]
         )

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import laclip.train
+from laclip.captions import pack
 from laclip.checkpoint import fit_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from laclip.config import load_config
 from laclip.engine_settings import engine_settings
@@ -61,7 +62,7 @@ def global_batch(index: int, size: int) -> LoadedBatch:
     for row, end in zip(token_ids, ends):
         row[end], row[end + 1 :] = EOT, 0
     samples = np.arange(size, dtype=np.uint64) + np.uint64(1000 * index)
-    return LoadedBatch(index, images, token_ids, samples, np.zeros(size, np.uint8), 0)
+    return LoadedBatch(index, images, pack(token_ids, EOT), samples, np.zeros(size, np.uint8), 0)
 
 
 def own_part(batch: LoadedBatch, ranks) -> LoadedBatch:
@@ -70,7 +71,7 @@ def own_part(batch: LoadedBatch, ranks) -> LoadedBatch:
     return LoadedBatch(
         batch.index,
         batch.images[own],
-        batch.token_ids[own],
+        batch.captions.part(own),
         batch.samples[own],
         batch.drawn_variants[own],
         0,

@@ -84,7 +84,7 @@ def plain_loop(
         keys = torch.from_numpy(batch.samples.view("int64") ^ index)
         optimizer.zero_grad()
         with autocast:
-            images, texts, logit_scale = model(batch.images, batch.token_ids, keys)
+            images, texts, logit_scale = model(batch.images, batch.captions, keys)
         logits = logit_scale * images.float() @ texts.float().T
         labels = torch.arange(len(logits))
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from laclip.captions import pack
 from laclip.config import ModelConfig, TextConfig, VisionConfig
 from laclip.flops import peak_flops, training_flops, utilization
 from laclip.model import build_model
@@ -72,11 +73,11 @@ def test_a_gpus_peak_is_found_by_its_name():
 def test_utilization_counts_padded_and_real_tokens_and_no_share_of_an_unknown_peak():
     config = configure(2, 2)
     token_ids = torch.stack([captions(8, BATCH), captions(16, BATCH)])
-    found = utilization(config, token_ids, EOT, 1000.0, torch.device("cpu"))
+    found = utilization(config, pack(token_ids, EOT), 1000.0, torch.device("cpu"))
     assert found == {
         "tflops_padded": pytest.approx(1e-9 * training_flops(config, None, 2)),
         "tflops_real": pytest.approx(1e-9 * training_flops(config, 12, 2)),
     }
-    last = dataclasses.replace(config, text=dataclasses.replace(config.text, pool="last"))
-    found = utilization(last, token_ids, EOT, 1000.0, torch.device("cpu"))
+    found = utilization(config, pack(token_ids[0], None), 1000.0, torch.device("cpu"))
     assert found["tflops_real"] == found["tflops_padded"]
+    assert found["tflops_real"] == pytest.approx(1e-9 * training_flops(config))

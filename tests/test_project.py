@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"kernels", "_native", "text_clean", "attention"},
+    {"kernels", "_native", "text_clean", "attention", "captions"},
     {
         *("config", "model", "tokenizer", "dataset", "images", "optimizer", "parallel"),
         *("metrics", "convert", "flops", "text_files"),

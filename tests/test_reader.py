@@ -1,6 +1,7 @@
 """The C++ core of the loader: epoch order, batch reader, captions, crop windows."""
 
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -37,9 +38,15 @@ def reader(folder=EMOJI / "train", **values):
     return _native.BatchReader(shard_files(open_dataset(folder)), options(**values))
 
 
+def captions(batch):
+    """The token ids of each caption, a list of samples for each variant."""
+    each = np.split(batch.token_ids, batch.cu_seqlens[1:-1])
+    return [each[i : i + batch.size] for i in range(0, len(each), batch.size)]
+
+
 def digest(batch):
     """A hash a sample of all that the reader decides about it."""
-    begins = batch.begins
+    begins, texts = batch.begins, captions(batch)
     return [
         hashlib.sha256(
             b"|".join(
@@ -48,7 +55,7 @@ def digest(batch):
                     batch.drawn_variants[i].tobytes(),
                     batch.windows[i].tobytes(),
                     batch.mirrors[i].tobytes(),
-                    batch.token_ids[:, i].tobytes(),
+                    *(variant[i].tobytes() for variant in texts),
                     batch.bytes[begins[i] : begins[i + 1]].tobytes(),
                 ]
             )
@@ -158,12 +165,13 @@ def test_token_ids_are_those_of_the_drawn_caption():
     fallbacks = 0
     for _ in range(5):
         batch = train.next()
+        (found,) = captions(batch)
         for i, (sample, variant) in enumerate(zip(batch.samples, batch.drawn_variants)):
             own = texts[train.name(int(sample))[1]]
             text = own[variants[variant]]
             assert variant == 0 or len(text.split()) >= 2
-            expected = tokenizer.encode_batch([text], context_length=32)[0]
-            assert batch.token_ids[0, i].tolist() == expected.tolist()
+            padded = tokenizer.encode_batch([text], context_length=32)[0].tolist()
+            assert found[i].tolist() == padded[: padded.index(tokenizer.eot_token) + 1]
             word = _native.philox([int(sample), int(batch.epochs[i]), CAPTION, 0], 7, 0)[0]
             drawn = variants[(word * len(variants)) >> 64]
             if drawn != variants[variant]:
@@ -184,25 +192,36 @@ def test_policies_draw_what_they_say():
     assert set(drawn) <= {0, 2} and (drawn == 2).mean() > 0.8
     batch = reader(captions="multi").read(3)
     single = reader(captions="original").read(3)
-    assert batch.token_ids.shape == (variants, 128, 32)
-    assert (batch.token_ids[0] == single.token_ids[0]).all()
+    assert len(captions(batch)) == batch.variants == variants
     assert (batch.samples == single.samples).all()
+    for number, found in enumerate(captions(batch)):
+        weights = [float(i == number) for i in range(variants)]
+        only = captions(reader(captions="weights", weights=weights).read(3))[0]
+        assert all(map(np.array_equal, found, only))
 
 
 def test_long_captions_are_cut_and_end_in_end_of_text():
     tokenizer = load_tokenizer()
-    batch = reader(context_length=5).read(0)
-    rows = batch.token_ids[0]
-    assert (rows[:, 0] == tokenizer.sot_token).all()
-    full = rows[:, 4] != 0
-    assert full.any() and (rows[full, 4] == tokenizer.eot_token).all()
+    whole, cut = (captions(reader(context_length=n).read(0))[0] for n in (32, 5))
+    assert max(map(len, whole)) > 5 and max(map(len, cut)) == 5
+    for full, found in zip(whole, cut):
+        assert full[0] == tokenizer.sot_token and full[-1] == tokenizer.eot_token
+        expected = [*full[: len(full) - 1][:4], tokenizer.eot_token]
+        assert found.tolist() == expected
+
+
+def test_padded_captions_are_the_packed_ones_and_padding():
+    packed, padded = (reader(captions="multi", pad_captions=p, pad_token=7) for p in (False, True))
+    for index in range(3):
+        short, full = packed.read(index), padded.read(index)
+        assert (np.diff(full.cu_seqlens) == 32).all() and short.cu_seqlens[0] == 0
+        for a, b in zip(itertools.chain(*captions(short)), itertools.chain(*captions(full))):
+            assert b[: len(a)].tolist() == a.tolist() and (b[len(a) :] == 7).all()
 
 
 def test_a_tokenizer_without_start_token_begins_with_the_text():
-    with_start = reader(captions="original").read(0).token_ids[0]
-    without = reader(captions="original", sot_token=-1, pad_token=9).read(0).token_ids[0]
-    assert (without[:, :31] == np.where(with_start[:, 1:] == 0, 9, with_start[:, 1:])).all()
-    assert (without[:, 31] == 9).all()
+    with_start, without = (captions(reader(sot_token=s).read(0))[0] for s in (49406, -1))
+    assert all(a[1:].tolist() == b.tolist() for a, b in zip(with_start, without))
 
 
 def twin_window(width, height, sample, epoch, seed, scale, ratio):

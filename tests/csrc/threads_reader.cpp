@@ -4,6 +4,7 @@
 //
 // The data set: a file whose lines are, for each shard, stem, samples, variants, the checksums of
 // its two sidecars and the tokenizer's fingerprint.
+#include <algorithm>
 #include <cstdio>
 #include <fstream>
 #include <string>
@@ -33,8 +34,9 @@ bool same(const laclip::Batch& a, const laclip::Batch& b) {
   const auto left = a.buffer.bytes();
   const auto right = b.buffer.bytes();
   return a.index == b.index && a.sample == b.sample && a.variant == b.variant &&
-         a.window == b.window && a.mirror == b.mirror && a.token_ids == b.token_ids &&
-         a.broken == b.broken && std::equal(left.begin(), left.end(), right.begin(), right.end());
+         a.window == b.window && a.mirror == b.mirror && a.cu_seqlens == b.cu_seqlens &&
+         std::ranges::equal(a.captions(), b.captions()) && a.broken == b.broken &&
+         std::ranges::equal(left, right);
 }
 
 }  // namespace
