@@ -115,8 +115,8 @@ def log_sums(
                 **_options(shape),
             )
     flag = torch.zeros(1, dtype=torch.int32, device=image.device)
-    row = image.new_empty(2, rows, dtype=torch.float32)
-    column = image.new_empty(2, columns, dtype=torch.float32)
+    sums = image.new_empty(2, rows + columns, dtype=torch.float32)
+    row, column = sums[:, :rows], sums[:, rows:]
     lowest = columns * 2.0**-106
     for parts, (total, shift), first_pair in (
         (row_parts, row, 0),
@@ -157,8 +157,9 @@ def log_sums(
             DIM=dim,
             **_options(shape),
         )
-    row, column = row.double(), column.double()
-    return (row[0].log2() + row[1]) * LN_2, (column[0].log2() + column[1]) * LN_2, flag
+    total, shift = sums.double()
+    log_sum = total.log2_().add_(shift).mul_(LN_2)
+    return log_sum[:rows], log_sum[rows:], flag
 
 
 def softmax_terms(
