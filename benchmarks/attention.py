@@ -1,12 +1,14 @@
 """Attention forward and backward at the towers' lengths, by backend.
 
-python benchmarks/attention.py [--out FILE]
+python benchmarks/attention.py [--precision bf16] [--out FILE]
 
-50, 197 and 257 tokens are ViT-B/32's, B/16's and L/14's images; 77 causal is a padded caption.
+50, 197 and 257 tokens are ViT-B/32's, B/16's and L/14's images; 77 causal is a padded caption. On a
+CPU the times are those of the process: run it with OMP_NUM_THREADS=1.
 """
 
 import argparse
 import importlib.util
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,12 @@ from laclip.attention import Layout, attend
 SHAPES = [(50, 12, False), (77, 8, True), (197, 12, False), (257, 16, False)]
 HEAD_DIM = 64
 PYTORCH = {
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuda": {
+        "cuDNN": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    },
+    "cpu": {"math": SDPBackend.MATH},  # its own choice is flash
 }
 
 
@@ -49,9 +54,11 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=512 if gpu else 8)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32")
     parser.add_argument("--out", type=Path, help="a result file that records are added to")
     args = parser.parse_args()
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    device = "cuda" if gpu else "cpu"
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     backends = ["sdpa"]
     if gpu:
         packages = ("flash_attn", "xformers")
@@ -70,9 +77,10 @@ def main() -> None:
                 backward(masked, rows, layout, causal),
             )
         )
-        for name, backend in PYTORCH.items() if gpu else ():
+        choice = cases[-1].run
+        for name, backend in PYTORCH[device].items():
 
-            def alone(turn: Any, run=cases[-1].run, backend=backend) -> None:
+            def alone(turn: Any, run=choice, backend=backend) -> None:
                 with sdpa_kernel(backend):
                     run(turn)
 
@@ -84,7 +92,12 @@ def main() -> None:
             case.unit, case.divisor = "TFLOP/s", 1e12
         shape = {"batch": args.batch, "tokens": tokens, "heads": heads, "causal": int(causal)}
         records = compare(
-            "attention", cases, shape=shape, dtype=str(dtype).removeprefix("torch."), device=device
+            "attention",
+            cases,
+            shape=shape,
+            dtype=args.precision,
+            device=device,
+            clock=time.process_time,
         )
         print(table(records))
         if args.out:

@@ -140,7 +140,7 @@ def errors(loss: str, losses: dict[str, Loss], batch: int, dim: int, dtype, devi
                 if name.startswith("laclip") and not error < 1e-2:
                     raise ArithmeticError(f"it is wrong ({kind}, error {error:.2e})")
             except Exception as problem:
-                print(f"loss: {name}, {loss}, dim {dim}: not timed: {problem}", file=sys.stderr)
+                print(f"loss: {name}, {loss}, dim {dim}: not timed: {problem!r}", file=sys.stderr)
                 del losses[name]
                 continue
             found.setdefault(name, {})[f"error {kind}"] = error

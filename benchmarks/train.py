@@ -1,15 +1,20 @@
 """The training step against open_clip's: same weights, images, captions, precision, machine.
 
 python requirements/oracles.py benchmarks/train.py [--models vit_b_32 ...] [--out FILE]
+
+MFU is a share of the data sheet's peak on a GPU; on a CPU, of what a large matrix product reaches
+in the same run. There all rates are of the process's CPU seconds (OMP_NUM_THREADS=1: of one core),
+which others on the machine stretch less than the clock.
 """
 
 import argparse
+import copy
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -25,8 +30,10 @@ from laclip.model import build_model, compile_blocks
 from laclip.optimizer import build_optimizer
 
 VOCABULARY, EOT, CONTEXT = 49408, 49407, 77
-# For 80 GB with four models and their optimizers; `small` is what two CPU cores can train.
+# For 80 GB with two models and their optimizers; `small` is what two CPU cores can train.
 BATCHES = {"vit_b_32": 1024, "vit_b_16": 512, "vit_l_14": 128, "small": 16}
+CPU_BATCHES = {"vit_b_32": 16, "vit_b_16": 8, "vit_l_14": 4, "small": 16}  # 10 to 30 s a step
+PEAK = "matrix product"  # the case that a CPU's peak is taken from
 SMALL = {
     "embed_dim": 256,
     "vision": {"patch_size": 32, "width": 384, "depth": 6, "heads": 6},
@@ -73,9 +80,7 @@ def draw_batch(batch: int, device: str, full: bool = False) -> Batch:
     return images.to(device), token_ids
 
 
-def our_step(model, precision) -> Step:
-    optimizer = build_optimizer(model, learning_rate=5e-4, **ADAMW)
-
+def our_step(model, optimizer, precision) -> Step:
     def step(batch: Batch) -> Tensor:
         optimizer.zero_grad()
         with torch.autocast(batch[0].device.type, precision, enabled=precision is not None):
@@ -88,12 +93,16 @@ def our_step(model, precision) -> Step:
     return step
 
 
-def open_clip_step(model, precision) -> Step:
-    """What open_clip_train does in a step: its loss, AdamW as it sets it, the scale clamped."""
+def open_clip_optimizer(model) -> torch.optim.AdamW:
+    """AdamW as open_clip_train sets it."""
     groups: list[dict] = [{"params": [], "weight_decay": wd} for wd in (0.0, 0.2)]
     for parameter in model.parameters():
         groups[parameter.ndim >= 2]["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=ADAMW["betas"], eps=ADAMW["eps"])
+    return torch.optim.AdamW(groups, lr=5e-4, betas=ADAMW["betas"], eps=ADAMW["eps"])
+
+
+def open_clip_step(model, optimizer, precision) -> Step:
+    """What open_clip_train does in a step: its loss, an update, the scale clamped."""
     loss_function = open_clip.ClipLoss()
 
     def step(batch: Batch) -> Tensor:
@@ -111,35 +120,48 @@ def open_clip_step(model, precision) -> Step:
     return step
 
 
-def build_steps(config: ModelConfig, device: str, precision, compiled: bool) -> dict[str, Step]:
-    """The rivals' steps, all from the same weights."""
+class Rivals(NamedTuple):
+    steps: dict[str, Step]
+    losses: dict[str, float]  # the first of each step
+    model: torch.nn.Module  # ours
+    optimizer: torch.optim.Optimizer
+
+
+def build_rivals(config: ModelConfig, batch: Batch, precision, compiled: bool) -> Rivals:
+    """The rivals' steps; every first loss is taken on the same weights.
+
+    A compiled step shares parameters and optimizer with its eager twin: half the memory. Where the
+    first losses disagree nothing is reported.
+    """
+    device = batch[0].device
     torch.manual_seed(0)
     theirs = original(config)
-    weights = theirs.state_dict()
-    steps = {}
-    for graph in (False, True) if compiled else (False,):
-        ours = build_model(config, VOCABULARY, EOT)
-        ours.load_state_dict(to_laclip(weights))
-        ours.to(device)
-        theirs = original(config)
-        theirs.load_state_dict(weights)
-        theirs.to(device)
-        if graph:
-            compile_blocks(ours)
-            theirs = torch.compile(theirs)
-        suffix = " compiled" if graph else ""
-        steps[f"laclip{suffix}"] = our_step(ours, precision)
-        steps[f"open_clip{suffix}"] = open_clip_step(theirs, precision)
-    return steps
-
-
-def check(steps: dict[str, Step], batch: Batch, precision) -> dict[str, float]:
-    """The first losses, which must agree, or nothing is reported."""
+    weights = copy.deepcopy(theirs.state_dict())
+    ours = build_model(config, VOCABULARY, EOT)
+    ours.load_state_dict(to_laclip(weights))
+    ours.to(device)
+    theirs.to(device)
+    optimizer = build_optimizer(ours, learning_rate=5e-4, **ADAMW)
+    their_optimizer = open_clip_optimizer(theirs)
+    steps = {
+        "laclip": our_step(ours, optimizer, precision),
+        "open_clip": open_clip_step(theirs, their_optimizer, precision),
+    }
     losses = {name: step(batch).item() for name, step in steps.items()}
+    if compiled:
+        twin = copy.deepcopy(ours, {id(p): p for p in ours.parameters()})
+        compile_blocks(twin)
+        steps["laclip compiled"] = our_step(twin, optimizer, precision)
+        graph = torch.compile(theirs)
+        steps["open_clip compiled"] = open_clip_step(graph, their_optimizer, precision)
+        ours.load_state_dict(to_laclip(weights))
+        theirs.load_state_dict(weights)
+        for name in ("laclip compiled", "open_clip compiled"):
+            losses[name] = steps[name](batch).item()
     spread = max(losses.values()) - min(losses.values())
     if spread > (1e-4 if precision is None else 2e-2):
         raise SystemExit(f"the first losses disagree: {losses}; nothing is reported")
-    return losses
+    return Rivals(steps, losses, ours, optimizer)
 
 
 def counting_cpu(step: Callable[[Any], object], taken: list[float]) -> Callable[[Any], object]:
@@ -177,56 +199,61 @@ def real_batches(dataset: Path, size: int, batch: int, device: str) -> Iterator[
         yield loaded.images, loaded.captions  # type: ignore[misc]
 
 
-def parts_of_our_step(config: ModelConfig, batch: Batch, precision) -> list[Case]:
+def parts_of_our_step(
+    rivals: Rivals, config: ModelConfig, batch: Batch, precision
+) -> dict[str, Callable[[Any], object]]:
     """Each part of our eager step on its own, forward and backward."""
     images, token_ids = batch
-    device = images.device
-    model = build_model(config, VOCABULARY, EOT).to(device)
-    optimizer = build_optimizer(model, learning_rate=5e-4, **ADAMW)
+    model, device = rivals.model, images.device
     features = [normalize(torch.randn(len(images), config.embed_dim), dim=1) for _ in range(2)]
     leaves = [f.to(device, precision).requires_grad_() for f in features]
     scale = torch.tensor(14.3, device=device)
 
-    def backward(call: Callable[[], Tensor]) -> Callable[[Any], object]:
+    def backward(call: Callable[[], Tensor], *towers: Any) -> Callable[[Any], object]:
         def run(_turn: Any) -> None:
+            for tower in towers:
+                tower.zero_grad()
             with torch.autocast(device.type, precision, enabled=precision is not None):
                 output = call()
             output.float().sum().backward()
 
         return run
 
-    return [
-        Case("part: image tower", backward(lambda: model.encode_image(images))),
-        Case("part: text tower", backward(lambda: model.encode_text(token_ids))),
-        Case("part: loss", backward(lambda: clip_loss(*leaves, scale))),
-        Case("part: optimizer", lambda _turn: optimizer.step()),
-    ]
+    return {
+        "part: image tower": backward(lambda: model.encode_image(images), model.image),
+        "part: text tower": backward(lambda: model.encode_text(token_ids), model.text),
+        "part: loss": backward(lambda: clip_loss(*leaves, scale)),
+        "part: optimizer": lambda _turn: rivals.optimizer.step(),
+    }
 
 
 def run(model: str, args: argparse.Namespace, device: str) -> list:
-    config, batch_size = configure(model), args.batch or BATCHES[model]
+    config = configure(model)
+    batch_size = args.batch or (BATCHES if device == "cuda" else CPU_BATCHES)[model]
     precision = torch.bfloat16 if args.precision == "bf16" else None
     batch, full = (draw_batch(batch_size, device, full) for full in (False, True))
-    steps = build_steps(config, device, precision, not args.eager)
-    losses = check(steps, batch, precision)
+    rivals = build_rivals(config, batch, precision, not args.eager)
     tokens = float((batch[1] != 0).sum(dim=1).float().mean())
     clocks: dict[str, list[float]] = {}
     cases = []
 
-    def add(name: str, step: Step, prepare: Callable[[int], Batch], tokens: float | None) -> None:
+    def add(name: str, step: Callable, prepare: Callable, tokens: float | None = None) -> None:
         run = counting_cpu(step, clocks.setdefault(name, []))
-        extra = {"mean_tokens": tokens, "first_loss": losses.get(name)}
+        extra = {"mean_tokens": tokens, "first_loss": rivals.losses.get(name)}
         cases.append(Case(name, run, prepare, batch_size, "pairs/s", extra=extra))
 
-    for name, step in steps.items():
+    for name, step in rivals.steps.items():
         add(name, step, lambda _turn: batch, tokens)
-    add("laclip, all captions of 77", steps["laclip"], lambda _turn: full, CONTEXT)
+    best = rivals.steps["laclip" if args.eager else "laclip compiled"]
+    add("laclip, all captions of 77", rivals.steps["laclip"], lambda _turn: full, CONTEXT)
     if args.data:
         batches = real_batches(args.data, config.vision.image_size, batch_size, device)
-        best = steps.get("laclip compiled", steps["laclip"])
-        add("laclip, real data", lambda _turn: best(next(batches)), lambda turn: turn, None)  # type: ignore
-    for part in parts_of_our_step(config, batch, precision):
-        add(part.name, part.run, part.prepare, tokens)  # type: ignore[arg-type]
+        add("laclip, real data", lambda _turn: best(next(batches)), lambda turn: turn)
+    if device == "cpu":
+        a, b = (torch.randn(2048, 2048, dtype=precision) for _ in range(2))
+        add(PEAK, lambda _turn: a @ b, lambda turn: turn)
+    for name, part in parts_of_our_step(rivals, config, batch, precision).items():
+        add(name, part, lambda turn: turn)
     records = compare(
         f"training step, {model}",
         cases,
@@ -235,21 +262,26 @@ def run(model: str, args: argparse.Namespace, device: str) -> list:
         device=device,
         seconds=args.seconds,
     )
-    rival = next(r for r in records if r.name == "open_clip")
+    # The clocks count the calls before the timed ones, too: these leave out compilation.
+    cpu = {r.name: 1e3 * statistics.median(clocks[r.name][-r.repeats :]) for r in records}
+    taken = {r.name: cpu[r.name] if device == "cpu" else r.median for r in records}
     peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
-    cpu = {name: 1e3 * statistics.median(taken) for name, taken in clocks.items()}
+    if device == "cpu":
+        peak = 2 * 2048**3 / (1e-3 * cpu[PEAK])
     for record in records:
-        whole = not record.name.startswith("part: ")
-        record.throughput = record.throughput if whole else None
-        milliseconds = cpu[record.name] if device == "cpu" else record.median
-        base = cpu["open_clip"] if device == "cpu" else rival.median
-        counted = whole and milliseconds
+        milliseconds, tokens = taken[record.name], record.extra["mean_tokens"]
         record.extra["cpu_ms"] = milliseconds if device == "cpu" else None
-        record.extra["speed_up"] = base / milliseconds if counted and base else None
-        for kind, tokens in (("padded", None), ("real", record.extra["mean_tokens"])):
-            known = counted and (kind == "padded" or tokens is not None)
+        record.extra["speed_up"] = None
+        record.extra["peak_tflops"] = peak / 1e12 if peak else None
+        whole = not record.name.startswith(("part: ", PEAK))
+        if not whole:
+            record.throughput = None
+        elif milliseconds and taken["open_clip"]:
+            record.extra["speed_up"] = taken["open_clip"] / milliseconds
+        for kind, length in (("padded", CONTEXT), ("real", tokens)):
+            known = whole and milliseconds and length is not None
             flops = (
-                training_flops(config, tokens) * batch_size / (milliseconds / 1e3) if known else 0
+                training_flops(config, length) * batch_size / (milliseconds / 1e3) if known else 0
             )
             record.extra[f"tflops_{kind}"] = flops / 1e12 if known else None
             record.extra[f"mfu_{kind}"] = flops / peak if known and peak else None

@@ -7,6 +7,7 @@ that do not compile, spill or fit are left out beforehand: python -m laclip.kern
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/loss_tiles.jsonl")
     options = parser.parse_args()
+    failed: list[str] = []
     for loss, candidates in CANDIDATES.items():
         for dim in map(int, options.dims.split(",")):
             for size in map(int, options.sizes.split(",")):
@@ -76,6 +78,9 @@ def main() -> None:
                 )
                 append(records, options.out)
                 print(table(records), flush=True)
+                failed += [f"{loss}, {size} x {dim}: {r.name}" for r in records if r.failed]
+    if failed:
+        sys.exit(f"tune_loss: failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ def pair_cosines(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vecdot(image.float(), text.float())
 
 
+def _log_sum(logits: torch.Tensor, dim: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """logsumexp in float64 (fp32 would round it by 4e-6 near 100), through `out`."""
+    top = logits.amax(dim, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
+    return torch.sub(logits, top, out=out).exp_().sum(dim).double().log_() + top.squeeze(dim)
+
+
 def log_sums(
     image: torch.Tensor,
     text: torch.Tensor,
@@ -46,17 +52,22 @@ def log_sums(
     for first in range(0, len(image), chunk_rows):
         logits = _cosines(image[first : first + chunk_rows], text).mul_(logit_scale)
         logits.diagonal(first_column + first).fill_(-torch.inf)
-        rows.append(logits.logsumexp(1))
-        columns.append(logits.logsumexp(0))
+        rows.append(_log_sum(logits, 1))
+        columns.append(_log_sum(logits, 0, out=logits))
         del logits
-    return torch.cat(rows).double(), torch.stack(columns).double().logsumexp(0), None
+    return torch.cat(rows), torch.stack(columns).logsumexp(0), None
 
 
 def softmax_terms(
     log_sum: torch.Tensor, logit_scale: torch.Tensor, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Log-sums with the pairs' logits in them, `[1, ...]` fp32, as softmax_gradient takes them."""
-    return log_sum.float()[None]
+    """Log-sums with the pairs' logits in them, `[2, ...]` fp32, as softmax_gradient takes them.
+
+    An integer, and exp of what it is too large by: rounded to fp32, a log-sum near 100 would err
+    by 4e-6, alike along a whole row.
+    """
+    base = log_sum.round()
+    return torch.stack([base, (base - log_sum).exp()]).float()
 
 
 def softmax_gradient(
@@ -71,8 +82,9 @@ def softmax_gradient(
     """GAIN * (exp(s_ij - row_i) + exp(s_ij - column_j)), zero for pairs; its sum with cosines."""
     cosines = _cosines(image, text)
     logits = cosines * logit_scale
-    gradient = (logits - row_terms[0][:, None]).exp_()
-    gradient += logits.sub_(column_terms[0]).exp_()
+    (row_base, row_factor), (column_base, column_factor) = row_terms, column_terms
+    gradient = (logits - row_base[:, None]).exp_().mul_(row_factor[:, None])
+    gradient.addcmul_(logits.sub_(column_base).exp_(), column_factor)
     gradient.diagonal(first_column).zero_()
     scale_sum = cosines.mul_(gradient).sum(dtype=torch.float64)
     return _operand(gradient.mul_(GAIN[image.dtype]), image.dtype), scale_sum

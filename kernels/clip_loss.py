@@ -84,19 +84,18 @@ def forward_sums(problem: Problem) -> tuple[torch.Tensor, Sums]:
     pair = cosine * scale
     row = torch.stack([sums[0] for sums in swept])
     column = torch.stack([sums[1] for sums in swept])
-    row_full = torch.logaddexp(row, pair)
-    if group is None:
-        own_column = column
-        column_full = own_column_full = torch.logaddexp(column, pair)
-    else:
+    if group is not None:
         own = slice(first, first + batch)
         parts = torch.stack([column.exp(), torch.zeros_like(column)])
         parts[1, :, own] = pair.exp()
         dist.all_reduce(parts, group=group)
-        column_full = (parts[0] + parts[1]).log()
-        own_column, own_column_full = parts[0, :, own].log(), column_full[:, own]
-    loss = ((row_full + own_column_full) / 2 - pair).mean()
-    pair_gradient = -((row - row_full).exp() + (own_column - own_column_full).exp())
+        column, column_full = parts[0, :, own].log(), (parts[0] + parts[1]).log()
+    off = torch.stack([row, column])
+    full = torch.logaddexp(off, pair)
+    if group is None:
+        column_full = full[1]
+    loss = (full.mean(0) - pair).mean()
+    pair_gradient = -(off - full).exp().sum(0)
     scale_sum = (pair_gradient * cosine).sum()
     image_mean = text_mean = None
     if smoothing:
@@ -109,9 +108,9 @@ def forward_sums(problem: Problem) -> tuple[torch.Tensor, Sums]:
         smooth = 2 * cosine.sum() - (text_mean @ image_sum + text_sum @ image_mean).sum()
         loss = loss + smoothing / (2 * batch * len(text)) * scale * smooth
         scale_sum = scale_sum + smoothing * smooth
-    loss = torch.where(loss.isfinite(), loss, torch.nan).float()
+    loss = (loss + 0 * loss).float()  # infinity becomes NaN
     return loss, Sums(
-        row_full,
+        full[0],
         column_full,
         pair_gradient.float(),
         scale_sum,
@@ -148,10 +147,9 @@ def backward_products(
         text_sum = image.new_empty(all_texts.shape, dtype=torch.float32)
     scale_sum = sums.scale_sum
     columns = all_texts.shape[1]
-    row_terms, column_terms = (
-        blocks.softmax_terms(log_sum, problem.logit_scale, columns, image.dtype)
-        for log_sum in (sums.row_log_sum, sums.column_log_sum)
-    )
+    log_sums = torch.cat([sums.row_log_sum, sums.column_log_sum], 1)
+    terms = blocks.softmax_terms(log_sums, problem.logit_scale, columns, image.dtype)
+    row_terms, column_terms = terms[..., :batch], terms[..., batch:]
     for start in range(0, batch, problem.chunk_rows):
         rows = slice(start, min(start + problem.chunk_rows, batch))
         part = image[rows]
@@ -185,7 +183,7 @@ def backward_products(
         if sums.image_mean is not None:
             mean = sums.image_mean * (2 * smoothing * gain)
         own = slice(first, first + batch)
-        one = torch.ones_like(factor)
+        text_factor = factor if gathered is None else torch.ones_like(factor)
         text_gradient = torch.empty_like(text, dtype=dtype) if gathered is None else None
         for v in range(variants):
             source = text_sum[v, own]
@@ -195,7 +193,7 @@ def backward_products(
                 coefficients[v : v + 1],
                 image[None],
                 mean,
-                factor if gathered is None else one,
+                text_factor,
                 target,
             )
         if gathered is not None:

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from laclip.kernels import triton_kernels as kernels
-from laclip.kernels.launch_table import FLOAT32, HOPPER, HOPPER_SMALL, Tile
+from laclip.kernels.launch_table import FLOAT32, HOPPER, HOPPER_SMALL, OTHER, Tile
 from laclip.kernels.triton_blocks import ONLINE, SIGMOID, SOFTMAX
 
 SHARED_LIMIT = 227 * 1024
@@ -111,10 +111,15 @@ def _matrix_kernels(
                 )
 
 
-def measure(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int
-) -> dict[str, Any]:
-    """Compile for sm_90 and read registers, spills, shared memory and instructions."""
+def compiled_for(
+    generation: int,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+) -> Any:
+    """What triton makes of a kernel for sm_`generation`."""
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -125,11 +130,28 @@ def measure(
             signature[name] = types.get(name) or NUMBERS.get(name) or POINTERS.get(name, "*fp32")
             if signature[name].startswith("*"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", generation, 32),
         options={"num_warps": warps, "num_stages": stages},
     )
+
+
+def others(generation: int) -> Iterator[tuple[str, int]]:
+    """Name and shared memory of every bf16 matrix kernel, compiled for another GPU than Hopper."""
+    for name, shape in OTHER.items():
+        modes = {"softmax": (SOFTMAX,), "softmax_edge": (SOFTMAX, ONLINE)}
+        modes |= dict.fromkeys(("sigmoid", "sigmoid_edge"), (SIGMOID,))
+        for mode in modes.get(name, (None,)):
+            for label, *variant in _matrix_kernels(name, "bf16", name, shape, mode):
+                yield label, compiled_for(generation, *variant).metadata.shared
+
+
+def measure(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int
+) -> dict[str, Any]:
+    """Compile for sm_90 and read registers, spills, shared memory and instructions."""
+    compiled = compiled_for(90, kernel, types, constants, warps, stages)
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(compiled.asm["ptx"])

@@ -115,8 +115,8 @@ def log_sums(
                 **_options(shape),
             )
     flag = torch.zeros(1, dtype=torch.int32, device=image.device)
-    row = image.new_empty(2, rows, dtype=torch.float32)
-    column = image.new_empty(2, columns, dtype=torch.float32)
+    sums = image.new_empty(2, rows + columns, dtype=torch.float32)
+    row, column = sums[:, :rows], sums[:, rows:]
     lowest = columns * 2.0**-106
     for parts, (total, shift), first_pair in (
         (row_parts, row, 0),
@@ -157,17 +157,25 @@ def log_sums(
             DIM=dim,
             **_options(shape),
         )
-    row, column = row.double(), column.double()
-    return (row[0].log2() + row[1]) * LN_2, (column[0].log2() + column[1]) * LN_2, flag
+    total, shift = sums.double()
+    log_sum = total.log2_().add_(shift).mul_(LN_2)
+    return log_sum[:rows], log_sum[rows:], flag
 
 
 def softmax_terms(
     log_sum: torch.Tensor, logit_scale: torch.Tensor, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Full log-sums as gradient_tiles takes them: `[2, ...]` fp32, for SOFTMAX and for ONLINE."""
+    """Full log-sums as gradient_tiles takes them: `[3, ...]` fp32.
+
+    A term for SOFTMAX; a term and its base for ONLINE. The base is an integer, so that nothing of
+    the log-sum, near 100 at worst, is lost to rounding: it would err alike along a whole row.
+    """
     shift = (logit_scale.double().abs() - _margin(columns)).clamp_min(0.0)
+    log2_sum = log_sum / LN_2
+    base = log2_sum.round()
     gain = GAIN[dtype]
-    return torch.stack([(shift - log_sum).exp() * gain, log_sum / LN_2 - math.log2(gain)]).float()
+    terms = (shift - log_sum).exp() * gain, (base - log2_sum).exp2() * gain, base
+    return torch.stack(terms).float()
 
 
 @lru_cache(maxsize=4096)
@@ -190,7 +198,7 @@ def _gradient_pass(
     image: torch.Tensor,
     text: torch.Tensor,
     block: torch.Tensor,
-    modes: list[tuple[int, str, str, torch.Tensor, torch.Tensor]],
+    modes: list[tuple[int, str, str, list[torch.Tensor]]],
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
     flag: torch.Tensor,
@@ -199,28 +207,28 @@ def _gradient_pass(
 ) -> torch.Tensor:
     """Fill `block` with G, for each mode plain tiles and then EDGE tiles; three float64 sums.
 
-    A mode is its number, the names of its two tiles, and its terms by rows and by columns.
+    A mode is its number, the names of its two tiles, and its terms by rows and by columns and
+    their bases.
     """
     (rows, dim), columns = image.shape, len(text)
     _, processors = device_facts(image.device)
-    passes: list[tuple[int, Tile, int, torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
-    for mode, plain_name, edge_name, row_term, column_term in modes:
+    passes: list[tuple[int, Tile, int, torch.Tensor | None, list[torch.Tensor]]] = []
+    for mode, plain_name, edge_name, terms in modes:
         plain, edge = (tile(name, image, rows, columns) for name in (plain_name, edge_name))
         edges = _edge_tiles(rows, columns, first_column, plain, edge, image.device)
         tiles = triton.cdiv(rows, plain.rows) * triton.cdiv(columns, plain.columns)
-        passes.append((mode, plain, tiles, None, row_term, column_term))
-        passes.append((mode, edge, len(edges), edges, row_term, column_term))
+        passes.append((mode, plain, tiles, None, terms))
+        passes.append((mode, edge, len(edges), edges, terms))
     # A mode that is off writes nothing, hence zeros.
     parts = image.new_zeros(3, sum(taken[2] for taken in passes), dtype=torch.float32)
     start = 0
-    for mode, shape, count, edge_list, row_term, column_term in passes:
+    for mode, shape, count, edge_list, terms in passes:
         programs = min(count, processors * shape.per_processor)
         kernels.gradient_tiles[(programs,)](
             _described(image, shape.rows, shape.inner),
             _described(text, shape.columns, shape.inner),
             _described(block, shape.rows, shape.columns // shape.slabs),
-            row_term,
-            column_term,
+            *terms,
             parts[:, start:],
             logit_scale,
             logit_bias,
@@ -262,9 +270,16 @@ def softmax_gradient(
     """As chunked.softmax_gradient, on the terms of softmax_terms."""
     image, text = _aligned(image), _aligned(text)
     block = _empty_block(image, len(text))
+    row, row_online, row_base = row_terms
+    column, column_online, column_base = column_terms
     modes = [
-        (SOFTMAX, "softmax", "softmax_edge", row_terms[0], column_terms[0]),
-        (ONLINE, "softmax_edge", "softmax_edge", row_terms[1], column_terms[1]),
+        (SOFTMAX, "softmax", "softmax_edge", [row, column, row_base, column_base]),
+        (
+            ONLINE,
+            "softmax_edge",
+            "softmax_edge",
+            [row_online, column_online, row_base, column_base],
+        ),
     ]
     sums = _gradient_pass(image, text, block, modes, logit_scale, logit_scale, flag, first_column)
     return block, sums[0] / GAIN[image.dtype]
@@ -283,7 +298,7 @@ def sigmoid_gradient(
     block = _empty_block(image, len(text) if with_gradient else 256)
     nothing = torch.zeros(1, dtype=torch.int32, device=image.device)
     # The sigmoid has no terms by rows or columns.
-    modes = [(SIGMOID, "sigmoid", "sigmoid_edge", logit_scale, logit_scale)]
+    modes = [(SIGMOID, "sigmoid", "sigmoid_edge", [logit_scale] * 4)]
     sums = _gradient_pass(
         image, text, block, modes, logit_scale, logit_bias, nothing, first_column, with_gradient
     )

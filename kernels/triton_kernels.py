@@ -204,6 +204,8 @@ def _gradient_slab(
     column_start,
     row_term,
     column_term,
+    row_base,
+    column_base,
     scale,
     shift,
     bias,
@@ -255,8 +257,10 @@ def _gradient_slab(
         if MODE == SOFTMAX:
             gradient = tl.exp2(acc * scale - shift) * (row_value[:, None] + column_value[None, :])
         else:
-            gradient = tl.exp2(acc * scale - row_value[:, None])
-            gradient += tl.exp2(acc * scale - column_value[None, :])
+            row_log = tl.load(row_base + row, mask=row < rows, other=0.0)
+            column_log = tl.load(column_base + column, mask=column < columns, other=0.0)
+            gradient = tl.exp2(acc * scale - row_log[:, None]) * row_value[:, None]
+            gradient += tl.exp2(acc * scale - column_log[None, :]) * column_value[None, :]
         if EDGE:
             gradient = tl.where(keep, gradient, 0.0)
         scale_sum = tl.sum(gradient * acc, 1)
@@ -271,8 +275,10 @@ def gradient_tiles(
     images,
     texts,
     block,  # descriptor of G, [rows, columns], in slabs of [BLOCK_M, BLOCK_N // SLABS]
-    row_term,  # SOFTMAX: GAIN * exp(shift - log-sum); ONLINE: log2-sum - log2(GAIN); by rows
+    row_term,  # GAIN * 2 ^ (base - log2-sum) by rows, where SOFTMAX's base is the shift
     column_term,  # the same by columns
+    row_base,  # ONLINE alone: log2-sums rounded to integers
+    column_base,
     parts,  # [3, part_count]: sums of G * cosine by tiles taken, for SIGMOID of losses and of G too
     logit_scale,
     logit_bias,  # SIGMOID alone
@@ -331,14 +337,15 @@ def gradient_tiles(
         else:
             left = acc
         scale_sum, loss_sum, gradient_sum = _gradient_slab(
-            left, row, column, block, row_start, column_start, row_term, column_term, scale, shift,
-            bias, rows, columns, first_column, MODE, EDGE, GRADIENT, GAIN,
+            left, row, column, block, row_start, column_start, row_term, column_term, row_base,
+            column_base, scale, shift, bias, rows, columns, first_column, MODE, EDGE, GRADIENT,
+            GAIN,
         )  # fmt: skip
         if SLABS == 2:
             more_scale, more_loss, more_gradient = _gradient_slab(
                 right, row, column + WIDTH, block, row_start, column_start + WIDTH, row_term,
-                column_term, scale, shift, bias, rows, columns, first_column, MODE, EDGE, GRADIENT,
-                GAIN,
+                column_term, row_base, column_base, scale, shift, bias, rows, columns,
+                first_column, MODE, EDGE, GRADIENT, GAIN,
             )  # fmt: skip
             scale_sum += more_scale
             loss_sum += more_loss
@@ -352,12 +359,14 @@ def gradient_tiles(
                 & (first_column + (m + 1) * BLOCK_M > n * BLOCK_N)
             )
         part = parts + t
+        # Sums without an axis: along axis 0 they cost 57 registers more on Hopper, and triton 3.6
+        # fails to compile them for Blackwell.
         if GRADIENT:
-            tl.store(part, tl.where(edge, 0.0, tl.sum(scale_sum, 0)))
+            tl.store(part, tl.where(edge, 0.0, tl.sum(scale_sum)))
         if MODE == SIGMOID:
-            tl.store(part + part_count, tl.where(edge, 0.0, tl.sum(loss_sum, 0)))
+            tl.store(part + part_count, tl.where(edge, 0.0, tl.sum(loss_sum)))
             if GRADIENT:
-                tl.store(part + 2 * part_count, tl.where(edge, 0.0, tl.sum(gradient_sum, 0)))
+                tl.store(part + 2 * part_count, tl.where(edge, 0.0, tl.sum(gradient_sum)))
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 CAPTION_STEP = 8  # captions are grouped by length, rounded up to a multiple of this
 CAPTION_PORTIONS = 32  # and their groups by size: a multiple of one part in so many of the batch
-# PyTorch prefers flash to cuDNN; on Hopper cuDNN is the faster one at these lengths.
-SDPA_PRIORITY = [
-    SDPBackend.CUDNN_ATTENTION,
+CAPTION_PRIORITY = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# PyTorch prefers flash to cuDNN; on Hopper cuDNN is the faster one at these lengths. But it plans
+# anew, for tens of milliseconds, for every shape that it has not seen: captions come in hundreds.
+IMAGE_PRIORITY = [SDPBackend.CUDNN_ATTENTION, *CAPTION_PRIORITY]
 
 
 class Layout(NamedTuple):
@@ -46,8 +47,13 @@ class CaptionRows(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, backend: str) -> Tensor:
     """Attention within each sequence of the layout; rows [rows, heads, head_dim] in and out.
 
-    backend: sdpa, flash_attn (bf16 and fp16 alone, else ValueError) or xformers.
+    backend: sdpa, or flash_attn or xformers (bf16 and fp16 alone, else ValueError).
     """
+    if backend != "sdpa" and v.dtype == torch.float32:
+        raise ValueError(
+            f"model.attention: {backend} computes in bf16 and fp16, found fp32. "
+            'Set train.precision = "bf16", or model.attention = "sdpa"'
+        )
     if backend == "flash_attn":
         return flash_attention(q, k, v, layout, causal)
     if backend == "xformers":
@@ -61,7 +67,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool
     # split: its backward writes the gradients of all groups once, that of slices once a group.
     parts = zip(layout.groups, *(t.split(sizes) if len(sizes) > 1 else (t,) for t in (q, k, v)))
     outputs = []
-    with sdpa_kernel(SDPA_PRIORITY, set_priority=True) if q.is_cuda else nullcontext():
+    priority = CAPTION_PRIORITY if causal else IMAGE_PRIORITY
+    with sdpa_kernel(priority, set_priority=True) if q.is_cuda else nullcontext():
         for group, *rows in parts:
             a, b, c = (t.unflatten(0, group).transpose(1, 2) for t in rows)
             output = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
@@ -73,11 +80,6 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: boo
     """The flash-attn package, by variable lengths where the layout has bounds."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    if v.dtype == torch.float32:
-        raise ValueError(
-            "model.attention: flash_attn computes in bf16 and fp16, found fp32. "
-            'Set train.precision = "bf16", or model.attention = "sdpa"'
-        )
     if layout.bounds is None:
         ((sequences, tokens),) = layout.groups
         q, k, v = (t.unflatten(0, (sequences, tokens)) for t in (q, k, v))

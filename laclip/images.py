@@ -279,11 +279,11 @@ class ImagePipeline:
 
     def _recover(self, batch: _Batch, positions: Sequence[int], error: RuntimeError) -> None:
         """Decode apart the lost part of the oldest batch; all that follows, in a new pipeline."""
+        failed = _named(error, positions)
         self._pipeline = self._build()  # the old one ends before its images are let go
         for lost in self._in_flight:
             lost.started = lost.done
         self._start_all()
-        failed = _named(error, positions)
         batch.reasons |= failed
         self._decode_apart(batch, [i for i in positions if i not in failed])
 
@@ -317,7 +317,7 @@ class ImagePipeline:
             try:
                 self._run_apart(batch, [position])
             except RuntimeError as error:
-                failed[position] = _reason(str(error))
+                failed[position] = _named(error, [position]).get(position, _reason(str(error)))
         return failed
 
 
@@ -329,7 +329,12 @@ def _drawn(windows: np.ndarray | None, mirrors: np.ndarray | None) -> np.ndarray
 
 
 def _named(error: RuntimeError, positions: Sequence[int]) -> dict[int, str]:
-    """The images that an error of DALI names, and why; it does so for some damage only."""
+    """The images that an error of DALI names, and why; it does so for some damage only.
+
+    Raises an error of the GPU, such as a lack of its memory, as no image is to blame for it.
+    """
+    if re.search(r"CUDA (allocation failed|\w+ API error|out of memory|error)", str(error)):
+        raise error
     numbers = {int(number) for number in re.findall(r"decode sample #(\d+)", str(error))}
     reason = re.sub(r" *#\d+ *:?", "", _reason(str(error)))
     return {positions[number]: reason for number in numbers if number < len(positions)}

@@ -415,7 +415,9 @@ def check_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> None
         extra = config.attention.replace("_", "-")
         raise ValueError(
             f"model.attention: {config.attention!r} needs the package {extra}, which is not "
-            f'installed. Run: pip install "laclip[{extra}]", or set model.attention = "sdpa"'
+            # flash-attn comes as source, and its build asks the installed torch for its CUDA.
+            f'installed. Run: pip install --no-build-isolation "laclip[{extra}]", or set '
+            'model.attention = "sdpa"'
         )
 
 

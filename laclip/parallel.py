@@ -1,5 +1,6 @@
 """The ranks of a job: who this process is, and how all of them agree."""
 
+import datetime
 import functools
 import os
 import socket
@@ -35,7 +36,9 @@ def find_ranks() -> Ranks:
         if "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:  # srun, one task a rank
             os.environ["RANK"] = os.environ["SLURM_PROCID"]
             os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-            os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+            # srun --gpus-per-task shows a task its own GPU alone, as number 0.
+            alone = torch.cuda.device_count() == 1
+            os.environ["LOCAL_RANK"] = "0" if alone else os.environ["SLURM_LOCALID"]
         else:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -43,7 +46,16 @@ def find_ranks() -> Ranks:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
+    if "OMP_NUM_THREADS" not in os.environ:  # the ranks of a machine share its cores
+        here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    # As DeepSpeed does, a machine with GPUs takes DS_ACCELERATOR=cpu for a wish.
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise SystemExit(
+                f"laclip: rank {local_rank} of this machine has no GPU, {gpus} can be seen. Start "
+                "one rank a GPU, or look at CUDA_VISIBLE_DEVICES"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -55,6 +67,15 @@ def find_ranks() -> Ranks:
 def control_group() -> dist.ProcessGroup | None:
     """The group for objects: over the CPU, so that they never wait for the GPU's queue."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def set_timeouts(minutes: float) -> None:
+    """Give all groups that there are this timeout.
+
+    DeepSpeed makes groups of its own, and those of NCCL have 10 minutes, whatever was asked for.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
 
 
 def from_first(value: Any) -> Any:

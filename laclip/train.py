@@ -37,7 +37,7 @@ from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
 from laclip.model import CLIP, build_model, compile_blocks, load_weights
 from laclip.optimizer import build_optimizer, learning_rate
-from laclip.parallel import JointError, Ranks, find_ranks, gather_objects, start_sum
+from laclip.parallel import JointError, Ranks, find_ranks, gather_objects, set_timeouts, start_sum
 from laclip.report import write_report
 from laclip.run_folder import claim_folder, write_status
 from laclip.tokenizer import Tokenizer, load_tokenizer
@@ -73,15 +73,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     ranks = find_ranks()
+    together = False  # whether all ranks end here: NCCL would wait for those that do not
     try:
         train(read_config(args), Path(args.deepspeed_config), ranks, resume=bool(args.resume))
+        together = True
     except (ValueError, FileNotFoundError, DataError) as error:
         # Before the ranks are connected each node reports; then the first rank hears of it.
         if ranks.is_first or (ranks.local_rank == 0 and not dist.is_initialized()):
             print(f"\nlaclip: {error}", file=sys.stderr, flush=True)
+        together = isinstance(error, JointError)
         return 2
     finally:
-        if dist.is_initialized():
+        if together and dist.is_initialized():
             dist.destroy_process_group()
     return 0
 
@@ -150,16 +153,12 @@ def connect(config: Config, ranks: Ranks) -> None:
         lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm" / "lock"
         if ranks.local_rank == 0 and remove_stale_lock(lock):
             say(f"laclip: removed '{lock}', which a killed process had left")
-        if "OMP_NUM_THREADS" not in os.environ:
-            here = int(os.environ.get("LOCAL_SIZE", ranks.world_size))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     # DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed  # slow to import: mistakes are reported before
 
     deepspeed.init_distributed(
         "nccl" if ranks.device.type == "cuda" else "gloo",
-        # Longer than the watchdog's, which knows the reason.
         timeout=datetime.timedelta(minutes=config.run.timeout_minutes + 1),
         verbose=False,
     )
@@ -186,6 +185,8 @@ def start_engine(model: CLIP, config: Config, settings: dict[str, Any], ranks: R
         layer_decay=config.optimizer.layer_decay,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    # Longer than the watchdog's, which knows the reason.
+    set_timeouts(config.run.timeout_minutes + 1)
     return engine
 
 

@@ -76,8 +76,8 @@ def train_step(
 
     Its loss and its gradients are those of the global batch, whatever the number of ranks, the
     ZeRO stage and train.micro_batch_size. If any gradient on any rank is not finite, no rank
-    changes a parameter. `meanwhile` is called when the whole backward is launched: what it does
-    costs a GPU nothing, which next makes the host wait.
+    changes a parameter. `meanwhile` is called when the whole forward is launched and a GPU still
+    computes it: at the end of a backward ZeRO makes the host wait for all that it launched.
     """
     group = dist.group.WORLD if ranks.world_size > 1 else None
     options = {"group": group, "implementation": config.train.loss_implementation}
@@ -111,6 +111,7 @@ def train_step(
         smoothing = config.train.label_smoothing
         loss = clip_loss(images, gathered, *scalars, label_smoothing=smoothing, **options)
     result = StepResult(loss, scalars[0], ranks)
+    meanwhile()
     backward(engine, loss, stage, loss_scale)
     for part in early:
         engine.step()
@@ -124,7 +125,6 @@ def train_step(
             if features is not None:
                 surrogate = surrogate + (features.float() * leaf.grad[..., part, :]).sum()
         backward(engine, surrogate / loss_scale.value, stage, loss_scale)
-    meanwhile()
     finish_step(engine, stage, loss_scale, result)
     return result
 

@@ -73,6 +73,12 @@ def ray_environment():
 
 
 @pytest.fixture(scope="session")
+def wandb_packages():
+    """The folder with Weights & Biases."""
+    return install("wandb.txt")
+
+
+@pytest.fixture(scope="session")
 def build_native(tmp_path_factory):
     """build_native(sanitizers, target, *arguments): what a target of tests/csrc prints."""
     # An environment that is not activated keeps its own cmake and ninja off PATH.

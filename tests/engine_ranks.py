@@ -6,6 +6,7 @@ Writes what it found to FOLDER/found_{WORLD_SIZE}_{RANK}.pt; tests/test_engine.p
 LACLIP_MATRIX_ON_FOUR set, four ranks run the matrix of stages and precisions too.
 """
 
+import datetime
 import os
 import sys
 from pathlib import Path
@@ -189,6 +190,9 @@ def run_events(ranks) -> dict:
         config = configure(f"train.micro_batch_size={size}")
         engine = start(config, 1, ranks)
         assert not engine.tput_timer.config.enabled  # it would wait for the GPU at every forward
+        for process_group in dist.distributed_c10d._world.pg_map:
+            backend = process_group._get_backend(torch.device("cpu"))
+            assert backend.options._timeout == datetime.timedelta(minutes=11)
         for name in ("text", "image"):
             tower = getattr(engine.module, name)
             tower.register_forward_hook(lambda *_, name=name: events.append(f"{name} forward"))

@@ -1,6 +1,7 @@
 """Decoding and augmentation with DALI, held against PIL."""
 
 import io
+import re
 import struct
 import zlib
 
@@ -274,6 +275,27 @@ def test_only_the_failed_part_is_decoded_again():
     pipeline.replace({71: good[71]}, windows, mirrors)
     assert torch.equal(pipeline.take(), expected)
     assert torch.equal(pipeline.take(), expected)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Error in mixed operator: CUDA allocation failed: 1073741824 bytes on device 0",
+        "CUDA runtime API error cudaErrorIllegalAddress (700)",
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+    ],
+)
+def test_an_error_of_the_gpu_blames_no_image(message, monkeypatch):
+    pipeline = ImagePipeline(batch_size=1, image_size=32, train=False, device=CPU)
+    pipeline.feed([photograph(100, 90, 0)[0]])
+
+    def fail(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(pipeline, "_fetch", fail)
+    with pytest.raises(RuntimeError, match=re.escape(message)) as failure:
+        pipeline.take()
+    assert not isinstance(failure.value, DecodeError)
 
 
 @pytest.mark.parametrize("interpolation", ["cubic", "linear"])

@@ -1,13 +1,34 @@
 """What a run reports: metrics.jsonl, TensorBoard, and what the report shows of them."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from train_job import arguments, metrics, run
 
 from laclip.metrics import MetricsWriter, read_metrics, variant_shares
 from laclip.report import render_report
+
+# Prints the history that an offline run's file holds, a JSON object a step. The file is a LevelDB
+# log behind 7 bytes: blocks of 32 KiB, records of 4 bytes checksum, 2 length, 1 type, and their
+# data, which may go on in the next block (types 2, 3, 4: first, middle, last part).
+READ_HISTORY = """
+import json, sys
+from wandb.proto.wandb_internal_pb2 import Record
+data, place, whole = open(sys.argv[1], "rb").read(), 7, b""
+while place + 7 <= len(data):
+    if 32768 - place % 32768 < 7:
+        place += 32768 - place % 32768
+        continue
+    length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+    whole = (b"" if kind in (1, 2) else whole) + data[place + 7 : place + 7 + length]
+    place += 7 + length
+    if kind in (1, 4) and (history := Record.FromString(whole).history).item:
+        items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in history.item}
+        print(json.dumps({"step": history.step.num} | items))
+"""
 
 
 def record(step, **more):
@@ -62,6 +83,31 @@ def test_a_tracker_whose_package_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"wandb is not installed. Run: pip install 'laclip\[wan"):
         open_writer(tmp_path, wandb_project="clip")
+
+
+def test_two_ranks_write_one_console_and_hand_every_number_to_weights_and_biases(
+    wandb_packages, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(wandb_packages))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "run"
+    settings = ["train.steps=3", "log.every_steps=1", "log.wandb_project=clip"]
+    _, output = run(arguments(folder, *settings), ranks=2)
+    assert output.count("M parameters") == output.count("step 3/3") == 1
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    command = [sys.executable, "-c", READ_HISTORY, file]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    expected = []
+    for record in metrics(folder):
+        shares = {f"variants/{name}": share for name, share in record.pop("variants").items()}
+        step = record.pop("step")
+        expected.append({"step": step} | {f"train/{k}": v for k, v in record.items()} | shares)
+    named = "loss images_per_second tflops_padded tflops_real data_wait memory_mib gradient_norm"
+    named += " logit_scale bad_samples"
+    assert {f"train/{name}" for name in named.split()} <= expected[0].keys()
+    rows = [json.loads(line) for line in found]
+    ours = [{key: value for key, value in row.items() if key[0] != "_"} for row in rows]
+    assert ours == expected
 
 
 def test_the_report_draws_the_share_of_the_peak_where_it_is_known(tmp_path):

@@ -72,18 +72,20 @@ PAPER = {
     "laion400m_h14": LAION | {"model.preset": "vit_h_14"},
 }
 CAPTIONS = {"clip": "original", "laclip": "uniform", "laclip_mt": "multi"}
-# Runs the words of several jobs one after the other, as deepspeed would hand them to one rank.
+# Runs the words of several jobs, each in a process of its own with one start of Python for all.
 DRIVER = """
-import json, sys
+import json, os, shutil, sys
 from pathlib import Path
-import torch.distributed as dist
-from laclip.parallel import find_ranks
-from laclip.train import parse_arguments, read_config, train
-ranks = find_ranks()
-for words in json.loads(sys.argv[1]):
-    arguments = parse_arguments(words)
-    train(read_config(arguments), Path(arguments.deepspeed_config), ranks, resume=False)
-dist.destroy_process_group()
+import deepspeed
+from laclip.train import main
+for folder, words in json.loads(sys.argv[1]).items():
+    child = os.fork()
+    if child == 0:
+        os._exit(main(words))
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"failed: {words}")
+    shutil.rmtree(Path(folder) / "checkpoints")  # half a gigabyte and more
+    (Path(folder) / "model.pt").unlink()
 """
 
 
@@ -133,44 +135,47 @@ def test_recipe_begins_with_its_command_hardware_time_and_score(name):
 
 
 def smaller(name, folder):
-    """What makes a recipe run here; all else stays as it is. 16 pairs, as many parts as before."""
-    model, train = recipe(name).model, recipe(name).train
-    return {
+    """What makes a recipe run here: its data, two layers a tower, four pairs, two steps.
+
+    All else is the recipe's: widths, heads, image size, patches, context, loss, precision,
+    activation checkpointing, two micro-batches where it has any, the optimizer and its schedule.
+    One of the recipes is compiled as they all are: the one under ZeRO-3, whose hooks compilation
+    must step around. Each of the others would take 20 to 60 s more.
+    """
+    values = {
         "run.folder": str(folder / name),
         "data.train": ["examples/emoji/train"],
         "model.vision.depth": 2,
-        "model.vision.width": 8 * model.vision.heads,
         "model.text.depth": 2,
-        "model.text.width": 8 * model.text.heads,
-        "train.global_batch_size": 16,
-        "train.micro_batch_size": 8 if train.micro_batch_size else 0,
+        "train.global_batch_size": 4,
+        "train.micro_batch_size": 2 if recipe(name).train.micro_batch_size else 0,
         "train.epochs": 0,
         "train.steps": 2,
-        "train.compile": False,  # takes minutes; tests/test_model_training.py compiles
         "log.every_steps": 1,
     }
+    return values if "h14" in name else values | {"train.compile": False}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two steps of every recipe on the embedded data, under the ZeRO stage of its command."""
     folder = tmp_path_factory.mktemp("recipes")
-    jobs = [
-        [*command(name)]
+    jobs = {
+        str(folder / name): command(name)
         + [
             word
             for key, value in smaller(name, folder).items()
             for word in ("--set", f"{key}={json.dumps(value)}")
         ]
         for name in RECIPES
-    ]
+    }
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(jobs)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return folder, done.stdout
@@ -182,8 +187,8 @@ def test_recipe_makes_two_steps_at_depth_2_under_its_zero_stage(name, runs):
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["step"] for record in records] == [0, 1]
-    for record in records:  # 16 pairs that the model cannot tell apart yet
-        assert record["loss"] == pytest.approx(math.log(16), abs=0.7)
+    for record in records:  # 4 pairs that the model cannot tell apart yet
+        assert record["loss"] == pytest.approx(math.log(4), abs=0.5)
         assert 0 < record["gradient_norm"] < 100
     begin = [line for line in output.splitlines() if line.startswith("laclip: ") and "ZeRO" in line]
     stage = json.loads((ROOT / command(name)[1]).read_text())["zero_optimization"]["stage"]

@@ -33,3 +33,19 @@ def test_the_loss_benchmark_writes_whole_records_and_a_table(tmp_path):
     assert table.count("laclip chunked: both") == 2
     run(str(BENCHMARKS / "loss.py"), "--out", str(out), "--plot", str(tmp_path / "loss.png"))
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_a_case_that_raises_is_recorded_and_the_others_go_on():
+    script = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from harness import Case, compare, table
+calls = []
+late = lambda turn: calls.append(turn) or 1 / (len(calls) < 6)
+cases = [Case("none", lambda turn: [][0]), Case("late", late), Case("good", lambda turn: turn)]
+print(table(compare("test", cases, shape={{}}, dtype="fp32", device="cpu", seconds=0.01)))
+"""
+    table = run("-c", script)
+    assert "| none | IndexError: list index out of range | - | - |" in table
+    assert "| late | ZeroDivisionError: division by zero | - |" in table
+    assert "calls/s" in table

@@ -8,13 +8,18 @@ import sys
 import pytest
 
 
+def run(*arguments: str) -> list:
+    """The JSON lines that a Python process without the interpreter prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "laclip.kernels.resources", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    return {row["name"]: row for row in map(json.loads, run.stdout.splitlines())}
+    return {row["name"]: row for row in run("-m", "laclip.kernels.resources", "--json")}
 
 
 def test_every_kernel_compiles_without_spills(compiled):
@@ -46,3 +51,15 @@ def test_plain_passes_cross_few_lanes(compiled):
 def test_two_programs_of_the_sigmoid_share_a_processor(compiled):
     assert compiled["bf16 sigmoid"]["per_processor"] == 2
     assert compiled["fp16 sigmoid"]["per_processor"] == 2
+
+
+@pytest.mark.parametrize("generation", [80, 100])
+def test_other_gpus_than_hopper_are_served(generation):
+    script = f"""
+import json
+from laclip.kernels.resources import others
+print(json.dumps(dict(others({generation}))))
+"""
+    (shared,) = run("-c", script)
+    assert len(shared) == 11
+    assert {name: used for name, used in shared.items() if used > 99 * 1024} == {}

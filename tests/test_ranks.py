@@ -1,0 +1,46 @@
+"""Which device a process takes, on machines with GPUs that this one need not have."""
+
+import os
+
+import pytest
+import torch
+
+from laclip.parallel import find_ranks
+
+SLURM = {"SLURM_PROCID": "7", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3", "MASTER_ADDR": "here"}
+LAUNCHED = {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus", "local_rank", "device"),
+    [
+        (SLURM, 4, 3, "cuda:3"),
+        (SLURM, 1, 0, "cuda:0"),  # srun --gpus-per-task=1
+        (SLURM, 0, 3, "cpu"),
+        (LAUNCHED, 4, 3, "cuda:3"),
+        (LAUNCHED | {"DS_ACCELERATOR": "cpu"}, 4, 3, "cpu"),
+    ],
+)
+def test_a_rank_takes_its_own_gpu(monkeypatch, variables, gpus, local_rank, device):
+    taken = pretend(monkeypatch, variables, gpus)
+    ranks = find_ranks()
+    assert (ranks.rank, ranks.world_size, ranks.local_rank) == (7, 8, local_rank)
+    assert ranks.device == torch.device(device)
+    assert taken == ([] if device == "cpu" else [torch.device(device)])
+    assert os.environ["LOCAL_RANK"] == str(local_rank)  # DeepSpeed reads it
+
+
+def test_a_rank_without_a_gpu_says_so(monkeypatch):
+    pretend(monkeypatch, LAUNCHED, 2)
+    with pytest.raises(SystemExit, match="rank 3 of this machine has no GPU, 2 can be seen"):
+        find_ranks()
+
+
+def pretend(monkeypatch, variables, gpus):
+    """Returns the list of devices that were made the current one."""
+    taken = []
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1", **variables})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    return taken
