@@ -247,8 +247,11 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
             tree = tomllib.loads(Path(path).read_text())
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path}: not valid TOML: {error}") from None
+    written = flatten(tree)
+    given = set()
     for override in overrides:
         key, sign, text = override.partition("=")
+        given.add(key.strip())
         if not sign or not key.strip():
             raise ValueError(f"--set {override!r}: expected section.key=value")
         *sections, leaf = key.strip().split(".")
@@ -262,6 +265,13 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
     model = tree.get("model")
     if isinstance(model, dict) and model.get("preset"):
         tree["model"] = _with_preset(model, source)
+        preset = flatten(PRESETS[model["preset"]], "model.") if "model.preset" in given else {}
+        kept = [k for k in preset if k in written.keys() - given and written[k] != preset[k]]
+        if kept:
+            raise ValueError(
+                f"--set model.preset={model['preset']}: {source} gives {', '.join(kept)} itself, "
+                "which the preset does not change. Start from a file that leaves them out"
+            )
     config = _build(Config, tree, "", source)
     _check(config, source)
     return config

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 State = dict[str, Tensor]
 FORMATS = ("open_clip", "laclip_release", "hugging_face")
+# What torch.load and the reader of safetensors raise for files that are cut or of another kind.
+UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(struct.error, ValueError, KeyError, AttributeError),
+)
 
 
 class Rule(NamedTuple):
@@ -305,28 +310,31 @@ def hugging_face_config(config: "ModelConfig", vocab_size: int, eot_token: int) 
     }
 
 
-def read_checkpoint(path: str | Path) -> State:
+def read_checkpoint(path: str | Path, option: str = "checkpoint") -> State:
     """Reads the tensors of a .safetensors file or of a file that torch.save wrote.
 
     Checkpoints with a "state_dict" and argparse's Namespace beside it (LaCLIP's release) are
-    read without running code from the file. Raises FileNotFoundError, ValueError.
+    read without running code from the file. Raises FileNotFoundError and ValueError, whose
+    messages begin with the option that named the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no file {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        raise FileNotFoundError(f"{option}: no file {path}")
     try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except UNREADABLE as error:
+        # The first sentence: what follows in torch's message invites to run the file's code.
+        reason = str(error).partition(". ")[0] or "it is empty"
         raise ValueError(
-            f"checkpoint: {path} is damaged, or holds more than tensors and argparse's arguments "
-            f"({str(error).splitlines()[0]})"
+            f"{option}: {path} is damaged, or holds more than tensors and argparse's arguments "
+            f"({reason})"
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"checkpoint: {path} holds no state dict of tensors")
+        raise ValueError(f"{option}: {path} holds no state dict of tensors")
     return state
 
 

@@ -7,7 +7,6 @@ exact because later tokens touch nothing that is read. The last block computes o
 
 import importlib.util
 import math
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from laclip.attention import Layout, attend, group_captions, join_captions
 from laclip.captions import PackedCaptions, pack
+from laclip.convert import read_checkpoint
 
 if TYPE_CHECKING:
     from laclip.config import ModelConfig, TextConfig, VisionConfig
@@ -439,17 +439,7 @@ def load_weights(model: CLIP, path: str | Path) -> None:
 
     Raises FileNotFoundError, and ValueError that names missing, extra and misshapen entries.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"model.weights: no file {path}")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"model.weights: {path} is damaged, or was not written by laclip "
-            f"({str(error).splitlines()[0]}). Weights of other projects go through: laclip import"
-        ) from error
-    found = loaded.get("state_dict", loaded)
+    found = read_checkpoint(path, "model.weights")
     expected = model.state_dict()
     problems = [
         *_listing("missing", expected.keys() - found.keys()),

@@ -37,6 +37,17 @@ def test_a_preset_fills_only_what_is_not_given():
     assert config.model.vision.qk_norm
 
 
+def test_a_preset_that_the_file_would_silently_outvote_is_refused(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[model.vision]\nwidth = 192\nheads = 12\npatch_dropout = 0.5\n")
+    with pytest.raises(
+        ValueError, match=r"preset=vit_b_32: .*c\.toml gives model\.vision\.width i"
+    ):
+        load_config(path, ["model.preset=vit_b_32"])
+    config = load_config(path, ["model.vision.width=240", "model.preset=vit_b_32"])
+    assert config.model.vision.width == 240 and config.model.vision.patch_dropout == 0.5
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

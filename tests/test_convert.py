@@ -123,12 +123,30 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         convert.read_checkpoint(path)
 
 
-def test_a_damaged_or_missing_file_is_named(tmp_path):
-    path = tmp_path / "short.pt"
-    torch.save({"a": torch.zeros(100)}, path)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"short\.pt is damaged"):
-        convert.read_checkpoint(path)
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_a_file_cut_anywhere_is_named(ending, tmp_path):
+    path = tmp_path / f"short.{ending}"
+    torch.save({"a": torch.zeros(10000)}, path)
+    if ending == "safetensors":
+        header = b'{"a": {"dtype": "F32", "shape": [10000], "data_offsets": [0, 40000]}}'
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(40000))
+    assert convert.read_checkpoint(path)["a"].shape == (10000,)
+    whole = path.read_bytes()
+    for size in (0, 1, 5, 40, 200, 10000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(
+            ValueError, match=rf"^checkpoint: .*short\.{ending} is damaged"
+        ) as error:
+            convert.read_checkpoint(path)
+        assert "weights_only" not in str(error.value)
+
+
+def test_a_file_without_tensors_or_that_is_not_there_is_named(tmp_path):
+    path = tmp_path / "list.pt"
+    for content in ([1, 2], {"state_dict": 3}, {"a": 1}, torch.zeros(3)):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"^model\.weights: .*list\.pt holds no state dict"):
+            convert.read_checkpoint(path, "model.weights")
     with pytest.raises(FileNotFoundError, match=r"no file .*absent\.pt"):
         convert.read_checkpoint(tmp_path / "absent.pt")
 

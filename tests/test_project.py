@@ -7,10 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"kernels", "_native", "text_clean", "attention", "captions"},
+    {"kernels", "_native", "text_clean", "attention", "captions", "convert"},
     {
         *("config", "model", "tokenizer", "dataset", "images", "optimizer", "parallel"),
-        *("metrics", "convert", "flops", "text_files"),
+        *("metrics", "flops", "text_files"),
     },
     {
         *("loader", "evaluation", "checkpoint", "plan", "report", "prepare", "rewrite"),
