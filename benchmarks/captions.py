@@ -7,9 +7,12 @@ FOLDER gets 200 distinct shards (7 GB; made once by laclip's own tools: 10,000 s
 and four rewrites each) and data sets of 1, 1,000 and 40,000 shards that are hard links to them.
 
 Timed is BatchReader.plan, one Python call a batch: the epoch order, the bad-sample check, the drawn
-variant, its tokens laid out as a row, and the crop window beside; no image is read. Warm: sidecars
-in the page cache, read in epoch order. Cold: a whole window of shards from the disk, the page cache
-of these files dropped before. Memory and first batch are measured in fresh processes.
+variant, its tokens end to end, and the crop window beside; no image is read. Warm: sidecars in the
+page cache, read in epoch order. Cold: a whole window of shards from the disk, the page cache of
+these files dropped before. Memory and first batch are measured in fresh processes.
+
+Then what the text tower does with such a batch on the host, between two steps: it checks the
+captions and lays them out in groups; and with padded ones, whose ends it has to find first.
 """
 
 import argparse
@@ -26,11 +29,15 @@ import time
 from pathlib import Path
 
 import harness
+import torch
 
 from laclip import _native
-from laclip.config import DataConfig
+from laclip.attention import group_captions
+from laclip.captions import PackedCaptions, pack
+from laclip.config import DataConfig, ModelConfig, TextConfig, VisionConfig
 from laclip.dataset import open_dataset
 from laclip.loader import reader_options, shard_files
+from laclip.model import build_model
 from laclip.prepare.index import index
 from laclip.prepare.tokenize import tokenize
 from laclip.tokenizer import load_tokenizer
@@ -107,6 +114,32 @@ def open_reader(folder, batch=BATCH):
     options = reader_options(DataConfig(reader_threads=1), tokenizer, context_length=77)
     options.global_batch_size = batch
     return _native.BatchReader(shard_files(dataset), options)
+
+
+def layout_cases(folder, batch):
+    text = TextConfig(width=8, depth=1, heads=1)
+    vision = VisionConfig(width=8, depth=1, heads=1)
+    config = ModelConfig(embed_dim=8, vision=vision, text=text)
+    tokenizer = load_tokenizer()
+    tower = build_model(config, tokenizer.vocab_size, tokenizer.eot_token).text
+    read = open_reader(folder, batch).plan(0)
+    token_ids, cu_seqlens = torch.from_numpy(read.token_ids), torch.from_numpy(read.cu_seqlens)
+    packed = PackedCaptions(token_ids, cu_seqlens, (batch,))
+    padded = torch.zeros(batch, text.context_length, dtype=torch.int32)
+    for row, caption in zip(padded, token_ids.split(packed.lengths.tolist())):
+        row[: len(caption)] = caption
+
+    def lay_out(captions):
+        tower.check(captions)
+        return group_captions(captions, text.context_length)
+
+    runs = {
+        "packed": lambda _: lay_out(packed),
+        "padded": lambda _: lay_out(pack(padded, tokenizer.eot_token)),
+    }
+    for found, expected in zip(runs["packed"](0), runs["padded"](0)):
+        assert found == expected if isinstance(found, tuple) else torch.equal(found, expected)
+    return [harness.Case(name, run, work=batch, unit="captions/s") for name, run in runs.items()]
 
 
 def drop_page_cache(distinct):
@@ -215,6 +248,19 @@ def main():
         probes = [fresh_process(folder, position) for position in (0.0, 0.37, 0.99)]
         for record in measured:
             record.extra |= {name: max(p[name] for p in probes) for name in probes[0]}
+        harness.append(measured, options.out)
+        records += measured
+    torch.set_num_threads(1)
+    for batch in (1024, 4096):
+        measured = harness.compare(
+            "captions laid out",
+            layout_cases(options.work / "1", batch),
+            shape={"captions": batch},
+            dtype="int32",
+            device="cpu",
+            seconds=4,
+            most=400,
+        )
         harness.append(measured, options.out)
         records += measured
     print(harness.table(records))

@@ -371,8 +371,8 @@ SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
     if (!done) {
       throw std::runtime_error(
           "'" + cache_.files(found.shard).tar + "' sample " + std::string(shard.key(index)) +
-          " is bad, and every other sample of the shard is bad too or stands in the same batch: "
-          "use a smaller batch or larger shards, or remove the shard");
+          " is bad or above data.max_pixels, and every other sample of the shard is bad too or "
+          "stands in the same batch: use a smaller batch or larger shards, or remove the shard");
     }
     taken.insert(found.index);
   }

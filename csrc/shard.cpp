@@ -30,7 +30,9 @@ std::string system_error(int code) { return std::strerror(code); }
 
 int open_file(const std::string& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) fail(path, "cannot be opened: " + system_error(errno));
+  const int code = errno;
+  const char* help = code == ENOENT ? ". Put it back, or run: laclip index, laclip tokenize" : "";
+  if (fd < 0) fail(path, "cannot be opened: " + system_error(code) + help);
   return fd;
 }
 
@@ -62,8 +64,8 @@ const Header& header_of(const MappedFile& file, const std::string& path, const c
 void expect(const std::string& path, const char* what, const std::string& found,
             const std::string& expected, const char* command) {
   if (found != expected) {
-    fail(path, std::string("has ") + what + " " + found + ", dataset.json expects " + expected +
-                   ". Run: " + command);
+    fail(path,
+         std::string("has ") + what + " " + found + ", expected " + expected + ". Run: " + command);
   }
 }
 

@@ -164,6 +164,13 @@ def test_unreadable_data_is_a_data_error(emoji_copy):
         next(loader(emoji_copy))
 
 
+def test_a_file_that_is_not_there_is_named(emoji_copy):
+    (emoji_copy / "00001.captions").unlink()
+    with pytest.raises(DataError, match=r"00001\.captions' cannot be opened: .*laclip tokenize"):
+        for batch in itertools.islice(loader(emoji_copy), 48):
+            assert batch.index < 47
+
+
 def test_another_tokenizer_is_refused(emoji_copy):
     manifest = json.loads((emoji_copy / "dataset.json").read_text())
     manifest["tokenizer"] = "clip:0123456789abcdef"

@@ -110,11 +110,15 @@ def test_each_sample_is_read_exactly_once_by_all_ranks_together():
         assert sorted(seen[:total]) == list(range(total))
 
 
-def test_ranks_threads_and_prefetch_leave_the_global_batches_as_they_are():
-    expected = [digest(batch) for batch in (reader().read(k) for k in range(26))]
+@pytest.mark.parametrize("policy", ["uniform", "multi"])
+def test_ranks_threads_and_prefetch_leave_the_global_batches_as_they_are(policy):
+    whole = reader(captions=policy)
+    expected = [digest(whole.read(k)) for k in range(26)]
     for world_size, threads, prefetch in ((1, 1, 1), (1, 4, 7), (2, 2, 2), (4, 3, 5)):
         readers = [
-            reader(rank=r, world_size=world_size, threads=threads, prefetch=prefetch, flip=False)
+            reader(
+                captions=policy, rank=r, world_size=world_size, threads=threads, prefetch=prefetch
+            )
             for r in range(world_size)
         ]
         for index in range(26):  # past the end of the first epoch
