@@ -11,7 +11,7 @@
 #   tune 3        candidate tiles of the kernels
 #   plot 1        time and memory of the sweep
 #   model 3       the towers on the GPU against the CPU; attention by backend
-#   train 8       the training step beside open_clip's
+#   train 6       the training step beside open_clip's
 #   sanitize 6    compute-sanitizer on small shapes, at most 2 minutes a tool
 #   resources 2   registers, spills and shared memory of every kernel
 #   loader        only where it is named: needs DALI and PHOTOS, a folder of photographs
@@ -92,7 +92,7 @@ train() {
   # open_clip needs torchvision and timm: where the environment lacks them, oracles.py brings them.
   local run=("${beside_rivals[@]}")
   "${run[@]}" -c "import open_clip" 2>/dev/null || run=("$python" requirements/oracles.py)
-  "${run[@]}" benchmarks/train.py --out "$folder/train_gpu.jsonl" ${TRAIN:-}
+  "${run[@]}" benchmarks/train.py --seconds 5 --out "$folder/train_gpu.jsonl" ${TRAIN:-}
 }
 
 sanitize() {

@@ -5,8 +5,6 @@
 #include <unordered_map>
 #include <utility>
 
-#include "image_header.hpp"
-
 namespace laclip {
 namespace {
 
@@ -412,8 +410,8 @@ void BatchReader::read_part(Slot& slot, std::size_t part) {
         header.width != record.width || header.height != record.height ||
         (options_.exif_rotation && header.orientation != record.orientation)) {
       batch.broken[i] = kHeaderChanged;
-    } else if (!ends_properly(header, image)) {
-      batch.broken[i] = kCutShort;
+    } else {
+      batch.broken[i] = find_damage(header, image);
     }
   }
 }

@@ -21,6 +21,7 @@
 
 #include "draws.hpp"
 #include "epoch_order.hpp"
+#include "image_header.hpp"
 #include "shard.hpp"
 
 namespace laclip {
@@ -57,12 +58,6 @@ class ByteBuffer {
   std::unique_ptr<std::byte[]> bytes_;
   std::size_t size_ = 0;
   std::size_t capacity_ = 0;
-};
-
-enum BrokenReason : std::uint8_t {
-  kSound = 0,
-  kHeaderChanged = 1,  // not the header that was indexed: the window may lie outside the image
-  kCutShort = 2,       // the file's format has an end mark, and the file has none
 };
 
 // This rank's part of a global batch: `size` samples.

@@ -98,4 +98,11 @@ void bind_tar(nb::module_& module) {
                               static_cast<std::uint32_t>(header.reason));
       },
       "bytes"_a, "(format, width, height, flags, orientation, reason) of an encoded image.");
+  module.def(
+      "find_damage",
+      [](const Bytes& bytes) {
+        const auto image = as_bytes(bytes);
+        return static_cast<int>(laclip::find_damage(laclip::parse_image_header(image), image));
+      },
+      "bytes"_a, "BrokenReason of an encoded image whose header is sound.");
 }

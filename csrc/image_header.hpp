@@ -25,6 +25,14 @@ enum BadReason : std::uint32_t {
   kDecodeFailed = 8,      // found by decoding it
 };
 
+// Why an image that was read is not used.
+enum BrokenReason : std::uint8_t {
+  kSound = 0,
+  kHeaderChanged = 1,  // not the header that was indexed: the window may lie outside the image
+  kCutShort = 2,
+  kBrokenData = 3,
+};
+
 // 2^28: twice what Pillow refuses as a decompression bomb.
 inline constexpr std::uint64_t kMaxPixels = std::uint64_t{1} << 28;
 
@@ -41,8 +49,9 @@ struct ImageHeader {
 // `bytes` may be a prefix of the file, as long as it holds the whole header.
 ImageHeader parse_image_header(std::span<const std::byte> bytes);
 
-// Whether a file whose header is `header` goes on to its format's end mark (JPEG: EOI, PNG: IEND,
-// WebP: the announced size). Where it does not, some decoders fail and others make up the rest.
-bool ends_properly(const ImageHeader& header, std::span<const std::byte> bytes);
+// What is wrong behind a header that is `header`: decoders fail there, or make up the rest.
+// kCutShort: the file does not go on to its format's end mark (JPEG: EOI, PNG: IEND, WebP: the
+// announced size). kBrokenData: a JPEG holds a marker at which libjpeg gives up.
+BrokenReason find_damage(const ImageHeader& header, std::span<const std::byte> bytes);
 
 }  // namespace laclip

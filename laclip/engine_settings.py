@@ -64,6 +64,10 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
             )
     settings.setdefault("steps_per_print", 10**9)
     settings["zero_allow_untested_optimizer"] = True
+    zero = settings.get("zero_optimization", {})
+    if ranks.world_size == 1 and zero.get("stage") in (1, 2):
+        # With nothing to overlap it leaves a wait for the GPU after every backward.
+        zero["overlap_comm"] = False
     # DeepSpeed's own clock stops the GPU at every forward and every step; ours reads it at none.
     settings.setdefault("timers", {"throughput": {"enabled": False}})
     return settings

@@ -24,8 +24,13 @@ from laclip.dataset import Dataset
 from laclip.images import DecodeError, ImagePipeline
 from laclip.tokenizer import Tokenizer
 
-# csrc/batch_reader.hpp, BrokenReason
-BROKEN = ("", "its header is not what the index says", "the file is cut short")
+# csrc/image_header.hpp, BrokenReason
+BROKEN = (
+    "",
+    "its header is not what the index says",
+    "the file is cut short",
+    "its data holds a marker that JPEG has not",
+)
 
 
 @dataclasses.dataclass(frozen=True)

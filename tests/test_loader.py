@@ -138,6 +138,16 @@ def test_a_bad_image_costs_one_image(emoji_copy, tmp_path, keep):
     assert int(next(again).samples[10]) not in victims
 
 
+def test_a_loader_that_is_let_go_in_an_epoch_leaves_no_thread():
+    threads = Path("/proc/self/task")
+    before = {thread.name for thread in threads.iterdir()}
+    loading = loader(data=DataConfig(prefetch=3, reader_threads=3))
+    next(loading)
+    assert len({thread.name for thread in threads.iterdir()} - before) >= 3
+    del loading
+    assert {thread.name for thread in threads.iterdir()} <= before
+
+
 def test_too_many_bad_images_stop_the_run_with_a_list(emoji_copy):
     clean = loader()
     victims = next(clean).samples[:3].tolist()

@@ -9,14 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+from laclip import _native
 from laclip.config import DataConfig
 from laclip.dataset import REASONS, open_dataset
-from laclip.loader import DataError, Loader
+from laclip.loader import BROKEN, DataError, Loader
 from laclip.prepare.index import index
 from laclip.prepare.tokenize import tokenize
 from laclip.tokenizer import load_tokenizer
 
 SAMPLES, BATCH, VICTIM = 48, 16, 29
+MARKER = "its data holds a marker that JPEG has not"
 
 
 def encode(image, kind="JPEG", **options):
@@ -125,6 +127,10 @@ def another_size(data):
     data[at : at + 2] = (7).to_bytes(2, "big")
 
 
+def no_such_marker(data):
+    data[len(data) // 2 : len(data) // 2 + 2] = b"\xff\x02"
+
+
 def broken_huffman_table(data):
     at = data.index(b"\xff\xc4") + 5
     data[at : at + 16] = b"\xff" * 16
@@ -134,6 +140,7 @@ def broken_huffman_table(data):
     ("change", "reason"),
     [
         (tail_of_zeros, "the file is cut short"),
+        (no_such_marker, MARKER),
         (all_zeros, "its header is not what the index says"),
         (a_gif, "its header is not what the index says"),
         (another_size, "its header is not what the index says"),
@@ -154,6 +161,37 @@ def test_what_went_bad_since_indexing_costs_one_image(dataset, tmp_path, change,
         "sample": VICTIM,
         "reason": reason,
     }
+
+
+def test_what_a_jpegs_markers_show_to_be_broken_is_what_pillow_refuses():
+    rng = np.random.default_rng(0)
+    kinds = [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_rows": 1}]
+    sound = [encode(picture(i, (300, 200)), quality=90, **kind) for i, kind in enumerate(kinds)]
+    assert not any(_native.find_damage(np.frombuffer(data, np.uint8)) for data in sound)
+    refused = flagged = 0
+    for turn in range(400):
+        data = bytearray(sound[turn % 3])
+        at = rng.integers(700, len(data) - 40)
+        data[at : at + 16] = rng.integers(0, 256, 16, dtype=np.uint8).tobytes()
+        try:
+            Image.open(io.BytesIO(data)).load()
+            broken = False
+        except OSError:
+            broken = True
+        refused += broken
+        if _native.find_damage(np.frombuffer(data, np.uint8)) == BROKEN.index(MARKER):
+            flagged += 1
+            assert broken
+    assert flagged > 0.8 * refused > 20  # the others' tables are broken
+
+
+@pytest.mark.parametrize("change", [tail_of_zeros, no_such_marker, broken_huffman_table])
+def test_indexing_with_decode_flags_what_training_would_not_use(dataset, change):
+    folder = dataset()
+    overwrite(folder, change)
+    index(folder, decode=True)
+    flags = open_dataset(folder).samples(0).records["flags"] & 1
+    assert np.flatnonzero(flags).tolist() == [VICTIM]
 
 
 def huge_png():

@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import json
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,24 @@ def test_any_batch_is_reached_directly():
     for index in (33, 2, 39, 0):
         jumping.seek(index)
         assert digest(jumping.next()) == batches[index]
+
+
+def bytes_read():
+    """What this process has read from files since it began."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+def test_a_reader_that_nobody_asks_reads_its_prefetch_and_no_more():
+    sizes = [reader().read(k).bytes.size for k in range(4)]
+    shards, ahead = shard_files(open_dataset(EMOJI / "train")), options(prefetch=3, threads=2)
+    before = bytes_read()
+    waiting = _native.BatchReader(shards, ahead)
+    seen = [0]
+    while seen[-1] < sum(sizes[:3]) or seen[-1] - seen[-2] > 1000:  # until it stands still
+        time.sleep(0.2)
+        seen.append(bytes_read() - before)
+    assert seen[-1] < sum(sizes)
+    assert waiting.next().index == 0
 
 
 def test_far_batches_are_read_at_once():

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from laclip import _native
 from laclip.images import DecodeError, ImagePipeline
 
 BATCH = 64
 
 
 def find_undecodable(tar: Path, records: np.ndarray) -> np.ndarray:
-    """Positions in `records` (SAMPLE_RECORD) of the images that DALI does not decode.
+    """Positions in `records` (SAMPLE_RECORD) of the images that training would not use: DALI does
+    not decode them, or the batch reader finds them cut short or broken.
 
     On the GPU where there is one. A read error is an error of the shard, not of an image.
     """
@@ -41,4 +43,5 @@ def find_undecodable(tar: Path, records: np.ndarray) -> np.ndarray:
                 pipeline.take()
             except DecodeError as error:
                 failed += [begin + position for position in error.reasons]
-    return np.array(failed, np.int64)
+            failed += [begin + i for i, data in enumerate(batch) if _native.find_damage(data)]
+    return np.unique(np.array(failed, np.int64))

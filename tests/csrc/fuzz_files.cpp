@@ -53,6 +53,7 @@ void check_tar(std::span<const std::byte> bytes) {
 
 void check_image(std::span<const std::byte> bytes) {
   const laclip::ImageHeader whole = laclip::parse_image_header(bytes);
+  laclip::find_damage(whole, bytes);
   require(whole.reason != laclip::kNotBad || (whole.width > 0 && whole.height > 0), "no size");
   require(whole.orientation >= 1 && whole.orientation <= 8, "no such orientation");
   // What a prefix tells, the whole confirms, unless the header is cut.
