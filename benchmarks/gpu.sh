@@ -6,11 +6,11 @@
 # FOLDER: for what comes out (default: $OUT, else benchmarks/results). Steps, with the minutes that
 # they should take on an H100 beside 16 cores (estimates; what a step took is printed after it):
 #
-#   tests 4       the kernels' tests, natively; where one fails, nothing else runs
+#   tests 3       the kernels' tests that a GPU changes; where one fails, nothing else runs
 #   sweep 15      the losses beside their rivals; the sizes of PERFORMANCE.md's goals in the first 6
 #   tune 3        candidate tiles of the kernels
 #   plot 1        time and memory of the sweep
-#   model 3       the towers on the GPU against the CPU; attention by backend
+#   model 3       the towers on the GPU against the CPU, a rank of NCCL, attention by backend
 #   train 6       the training step beside open_clip's
 #   sanitize 6    compute-sanitizer on small shapes, at most 2 minutes a tool
 #   resources 2   registers, spills and shared memory of every kernel
@@ -64,8 +64,8 @@ beside_rivals=(env PYTHONPATH="$(realpath -m "$rivals")${PYTHONPATH:+:$PYTHONPAT
 tests() {
   local spread=()
   if "$python" -c "import xdist" 2>/dev/null; then spread=(-n 8); fi
-  "$python" -m pytest tests/kernels -q -p no:cacheprovider "${spread[@]}" |
-    tee "$folder/gpu_tests.txt"
+  "$python" -m pytest tests/kernels -q -p no:cacheprovider "${spread[@]}" \
+    -k "test_accuracy or test_behaviour or test_inputs" | tee "$folder/gpu_tests.txt"
 }
 
 sweep() {
@@ -82,8 +82,8 @@ plot() {
 
 model() {
   local code=0
-  "$python" -m pytest tests/test_model_gpu.py -q -p no:cacheprovider |
-    tee "$folder/gpu_model.txt" || code=1
+  "$python" -m pytest tests/test_model_gpu.py tests/kernels/test_distributed.py -m gpu -q \
+    -p no:cacheprovider | tee "$folder/gpu_model.txt" || code=1
   "$python" benchmarks/attention.py --out "$folder/attention_gpu.jsonl" || code=1
   return $code
 }

@@ -3,14 +3,13 @@
 python requirements/oracles.py benchmarks/train.py [--models vit_b_32 ...] [--out FILE]
 
 MFU is a share of the data sheet's peak on a GPU; on a CPU, of what a large matrix product reaches
-in the same run. There all rates are of the process's CPU seconds (OMP_NUM_THREADS=1: of one core),
-which others on the machine stretch less than the clock.
+in the same run. There all times are the process's CPU seconds (OMP_NUM_THREADS=1: those of one
+core), which others on the machine stretch less than the clock.
 """
 
 import argparse
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,21 +163,6 @@ def build_rivals(config: ModelConfig, batch: Batch, precision, compiled: bool) -
     return Rivals(steps, losses, ours, optimizer)
 
 
-def counting_cpu(step: Callable[[Any], object], taken: list[float]) -> Callable[[Any], object]:
-    """Also notes the seconds that the process computed: others on the machine do not stretch them.
-
-    With one thread (OMP_NUM_THREADS=1) these are the seconds of a core of one's own.
-    """
-
-    def run(state: Any) -> object:
-        begin = time.process_time()
-        output = step(state)
-        taken.append(time.process_time() - begin)
-        return output
-
-    return run
-
-
 def real_batches(dataset: Path, size: int, batch: int, device: str) -> Iterator[Batch]:
     # Here, so that random images need neither DALI nor laclip's extension.
     from laclip.dataset import open_dataset
@@ -234,13 +218,11 @@ def run(model: str, args: argparse.Namespace, device: str) -> list:
     batch, full = (draw_batch(batch_size, device, full) for full in (False, True))
     rivals = build_rivals(config, batch, precision, not args.eager)
     tokens = float((batch[1] != 0).sum(dim=1).float().mean())
-    clocks: dict[str, list[float]] = {}
     cases = []
 
     def add(name: str, step: Callable, prepare: Callable, tokens: float | None = None) -> None:
-        run = counting_cpu(step, clocks.setdefault(name, []))
         extra = {"mean_tokens": tokens, "first_loss": rivals.losses.get(name)}
-        cases.append(Case(name, run, prepare, batch_size, "pairs/s", extra=extra))
+        cases.append(Case(name, step, prepare, batch_size, "pairs/s", extra=extra))
 
     for name, step in rivals.steps.items():
         add(name, step, lambda _turn: batch, tokens)
@@ -261,16 +243,14 @@ def run(model: str, args: argparse.Namespace, device: str) -> list:
         dtype=args.precision,
         device=device,
         seconds=args.seconds,
+        clock=time.process_time,
     )
-    # The clocks count the calls before the timed ones, too: these leave out compilation.
-    cpu = {r.name: 1e3 * statistics.median(clocks[r.name][-r.repeats :]) for r in records}
-    taken = {r.name: cpu[r.name] if device == "cpu" else r.median for r in records}
+    taken = {record.name: record.median for record in records}
     peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     if device == "cpu":
-        peak = 2 * 2048**3 / (1e-3 * cpu[PEAK])
+        peak = 2 * 2048**3 / (1e-3 * taken[PEAK])
     for record in records:
-        milliseconds, tokens = taken[record.name], record.extra["mean_tokens"]
-        record.extra["cpu_ms"] = milliseconds if device == "cpu" else None
+        milliseconds, tokens = record.median, record.extra["mean_tokens"]
         record.extra["speed_up"] = None
         record.extra["peak_tflops"] = peak / 1e12 if peak else None
         whole = not record.name.startswith(("part: ", PEAK))

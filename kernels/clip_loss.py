@@ -20,6 +20,7 @@ from laclip.kernels.inputs import (
     check_options,
     check_scalar,
     choose_implementation,
+    packed,
 )
 from laclip.kernels.products import full_precision, product
 
@@ -210,8 +211,8 @@ class _ClipLoss(torch.autograd.Function):
     def forward(ctx, image, text, logit_scale, gathered, label_smoothing, chunk_rows, blocks):
         variants = text if text.dim() == 3 else text[None]
         problem = Problem(
-            image.detach().contiguous(),
-            variants.detach().contiguous(),
+            packed(image),
+            packed(variants),
             logit_scale.detach(),
             gathered,
             label_smoothing,

@@ -91,3 +91,15 @@ def check_options(label_smoothing: float, chunk_rows: int) -> None:
         raise ValueError(f"label_smoothing: found {label_smoothing}, expected 0.0 to 1.0")
     if not isinstance(chunk_rows, int) or chunk_rows < 1:
         raise ValueError(f"chunk_rows: found {chunk_rows!r}, expected an integer of at least 1")
+
+
+def packed(features: torch.Tensor) -> torch.Tensor:
+    """Features without gaps between rows, from an address of 16 bytes on: copied where they differ.
+
+    Tensor descriptors want both, and other addresses would also mean other code and other sums. A
+    slice may begin anywhere, and to torch a single row is contiguous whatever its stride.
+    """
+    features = features.detach().contiguous()
+    if features.data_ptr() % 16 == 0 and features.stride(-2) == features.shape[-1]:
+        return features
+    return features.clone(memory_format=torch.contiguous_format)

@@ -14,6 +14,7 @@ from laclip.kernels.inputs import (
     check_options,
     check_scalar,
     choose_implementation,
+    packed,
 )
 from laclip.kernels.products import full_precision, product
 
@@ -80,8 +81,8 @@ class _SiglipLoss(torch.autograd.Function):
     ):
         variants = text if text.dim() == 3 else text[None]
         problem = Problem(
-            image.detach().contiguous(),
-            variants.detach().contiguous(),
+            packed(image),
+            packed(variants),
             logit_scale.detach(),
             gathered,
             0.0,

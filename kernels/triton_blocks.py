@@ -27,16 +27,6 @@ def check_device(features: torch.Tensor) -> None:
         )
 
 
-def _aligned(features: torch.Tensor) -> torch.Tensor:
-    """Features as a tensor descriptor takes them: address and stride are multiples of 16 bytes.
-
-    A slice may begin anywhere, and a single row has any stride.
-    """
-    if features.data_ptr() % 16 == 0 and features.stride(0) == features.shape[1]:
-        return features
-    return features.clone(memory_format=torch.contiguous_format)
-
-
 def _described(features: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(features, [rows, columns])
 
@@ -80,7 +70,6 @@ def log_sums(
     that what underflowed could matter (more than 1e-6 of it). Kernels with a running maximum then
     serve this step; while it is down they return at once.
     """
-    image, text = _aligned(image), _aligned(text)
     (rows, dim), columns = image.shape, len(text)
     plain, edge = (tile(name, image, rows, columns) for name in ("sweep", "sweep_edge"))
     _, processors = device_facts(image.device)
@@ -268,7 +257,6 @@ def softmax_gradient(
     flag: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As chunked.softmax_gradient, on the terms of softmax_terms."""
-    image, text = _aligned(image), _aligned(text)
     block = _empty_block(image, len(text))
     row, row_online, row_base = row_terms
     column, column_online, column_base = column_terms
@@ -294,7 +282,6 @@ def sigmoid_gradient(
     with_gradient: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """As chunked.sigmoid_gradient."""
-    image, text = _aligned(image), _aligned(text)
     block = _empty_block(image, len(text) if with_gradient else 256)
     nothing = torch.zeros(1, dtype=torch.int32, device=image.device)
     # The sigmoid has no terms by rows or columns.

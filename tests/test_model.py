@@ -198,6 +198,14 @@ def test_captions_without_any_padding_give_the_same_features_and_gradients(backe
             assert (a.grad - b.grad).norm() <= 1e-12 * b.grad.norm() + 1e-13, name
 
 
+@pytest.mark.parametrize("backend", ["flash_attn", "xformers"])
+def test_packages_that_take_no_fp32_say_so(backend, monkeypatch):
+    stand_in_packages(monkeypatch)
+    model = build(attention=backend)
+    with pytest.raises(ValueError, match=rf"{backend} computes in bf16 and fp16, found fp32\. Set"):
+        model.encode_image(images(2))
+
+
 def splitmix64(z):
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64

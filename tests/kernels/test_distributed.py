@@ -1,4 +1,7 @@
-"""Ranks against one process: gloo on CPUs, the same numbers and the promised order of events."""
+"""Ranks against one process: the same numbers, and the promised order of events.
+
+gloo on CPUs, and one rank of NCCL where there is a GPU.
+"""
 
 import os
 import socket
@@ -11,8 +14,8 @@ import torch.multiprocessing as multiprocessing
 BATCH, DIM = 36, 16
 
 
-def run_ranks(world_size: int, function, *arguments) -> list:
-    """What `function(rank, *arguments)` returned on each of `world_size` gloo ranks."""
+def run_ranks(world_size: int, function, *arguments, backend: str = "gloo") -> list:
+    """What `function(rank, *arguments)` returned on each of `world_size` ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -20,7 +23,7 @@ def run_ranks(world_size: int, function, *arguments) -> list:
     results = context.SimpleQueue()
     multiprocessing.start_processes(
         _rank_main,
-        (world_size, port, results, function, arguments),
+        (world_size, port, results, backend, function, arguments),
         nprocs=world_size,
         start_method="spawn",
     )
@@ -28,12 +31,15 @@ def run_ranks(world_size: int, function, *arguments) -> list:
     return [found[rank] for rank in range(world_size)]
 
 
-def _rank_main(rank, world_size, port, results, function, arguments):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TRITON_INTERPRET": "1"}
+def _rank_main(rank, world_size, port, results, backend, function, arguments):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    if backend == "gloo":
+        os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     import laclip.kernels.testing  # noqa: F401
 
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
     try:
         results.put((rank, function(rank, *arguments)))
         # A rank that leaves while another still talks to it can take that one down (SIGABRT).
@@ -60,9 +66,10 @@ def equality_worker(rank: int) -> list[tuple[str, float]]:
     from laclip.kernels.testing import PUBLIC, inputs
 
     world_size, group = dist.get_world_size(), dist.group.WORLD
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     differences = []
     for implementation, batch, loss, variants, smoothing in cases():
-        tensors = inputs(loss, "planted", batch, DIM, torch.float32, "cpu", 15.0, variants)
+        tensors = inputs(loss, "planted", batch, DIM, torch.float32, device, 15.0, variants)
         image, text, *scalars = tensors
         options = {"label_smoothing": smoothing} if loss == "clip" else {}
 
@@ -104,6 +111,13 @@ def test_averaged_ranks_equal_one_process(world_size):
     for differences in run_ranks(world_size, equality_worker):
         assert len(differences) == 16
         assert [case for case in differences if not case[1] < 1e-5] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_rank_on_a_gpu_equals_one_process():
+    (differences,) = run_ranks(1, equality_worker, backend="nccl")
+    assert [case for case in differences if not case[1] < 1e-5] == []
 
 
 def fallback_worker(rank: int) -> tuple[int, float]:
