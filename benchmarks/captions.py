@@ -32,12 +32,10 @@ import harness
 import torch
 
 from laclip import _native
-from laclip.attention import group_captions
 from laclip.captions import PackedCaptions, pack
 from laclip.config import DataConfig, ModelConfig, TextConfig, VisionConfig
 from laclip.dataset import open_dataset
 from laclip.loader import reader_options, shard_files
-from laclip.model import build_model
 from laclip.prepare.index import index
 from laclip.prepare.tokenize import tokenize
 from laclip.tokenizer import load_tokenizer
@@ -117,6 +115,10 @@ def open_reader(folder, batch=BATCH):
 
 
 def layout_cases(folder, batch):
+    # Not at the top: the processes that measure the loader's memory need none of it.
+    from laclip.attention import group_captions
+    from laclip.model import build_model
+
     text = TextConfig(width=8, depth=1, heads=1)
     vision = VisionConfig(width=8, depth=1, heads=1)
     config = ModelConfig(embed_dim=8, vision=vision, text=text)
