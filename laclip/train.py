@@ -30,7 +30,7 @@ from laclip.checkpoint import (
 )
 from laclip.config import Config, load_config
 from laclip.dataset import Dataset, open_dataset
-from laclip.engine_settings import engine_settings, remove_stale_lock
+from laclip.engine_settings import engine_settings, prepare_cpu
 from laclip.evaluation import evaluate
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
@@ -146,13 +146,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
 def connect(config: Config, ranks: Ranks) -> None:
     """Connect the ranks through DeepSpeed."""
     if ranks.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        built = Path(sys.prefix) / "torch_extensions"  # by requirements/build_deepspeed_op.py
-        if built.is_dir():
-            os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
-        lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm" / "lock"
-        if ranks.local_rank == 0 and remove_stale_lock(lock):
-            say(f"laclip: removed '{lock}', which a killed process had left")
+        prepare_cpu(ranks)
     # DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed  # slow to import: mistakes are reported before
