@@ -14,7 +14,8 @@
 #   train 6       the training step beside open_clip's
 #   sanitize 6    compute-sanitizer on small shapes, at most 2 minutes a tool
 #   resources 2   registers, spills and shared memory of every kernel
-#   loader        only where it is named: needs DALI and PHOTOS, a folder of photographs
+#   loader 10     images and the whole job against the CPU's, the loader beside its rivals; only
+#                 where it is named: needs DALI, DeepSpeed and PHOTOS, a folder of photographs
 #
 # A step that fails lets the others run, and is named at the end. Every record is written as it
 # comes, so a run that is cut keeps what it had. Environment: PYTHON, the interpreter (default:
@@ -116,8 +117,12 @@ resources() {
 }
 
 loader() {
+  local code=0
+  "$python" -m pytest tests/test_images_gpu.py tests/test_train_gpu.py -q -p no:cacheprovider |
+    tee "$folder/gpu_job.txt" || code=1
   "${beside_rivals[@]}" benchmarks/loader.py --photos "${PHOTOS:?a folder of photographs}" \
-    --work "$work/photos" --out "$folder/loader_gpu.jsonl"
+    --work "$work/photos" --out "$folder/loader_gpu.jsonl" || code=1
+  return $code
 }
 
 failed=()
