@@ -9,6 +9,7 @@ LACLIP_MATRIX_ON_FOUR set, four ranks run the matrix of stages and precisions to
 import datetime
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,9 @@ def weights(engine, stage) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-def train(engine, config, stage, ranks, steps, spoil=lambda batch: None) -> list[tuple]:
+def train(
+    engine, config, stage, ranks, steps, spoil=lambda batch: None, meanwhile=lambda: None
+) -> list[tuple]:
     """(loss, logit_scale, gradient norm, applied) of each step."""
     found = []
     loss_scale = LossScale(config.train.precision)
@@ -102,7 +105,7 @@ def train(engine, config, stage, ranks, steps, spoil=lambda batch: None) -> list
         spoil(batch)
         for group in engine.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * group.get("lr_scale", 1.0)
-        result = train_step(engine, batch, config, ranks, stage, loss_scale, lambda: None)
+        result = train_step(engine, batch, config, ranks, stage, loss_scale, meanwhile)
         found.append((*result.numbers(), result.gradient_norm(), result.applied))
     return found
 
@@ -201,7 +204,8 @@ def run_events(ranks) -> dict:
             )
         train(engine, config, 1, ranks, range(1))
         events.clear()
-        train(engine, config, 1, ranks, range(1, 2))
+        prepare = partial(events.append, "next batch")
+        train(engine, config, 1, ranks, range(1, 2), meanwhile=prepare)
         found[size] = list(events)
     gather._all_gather, gather._reduce_scatter = originals
     return found

@@ -110,6 +110,25 @@ def damage(folder, samples, keep=0.0):
     return keys
 
 
+def test_a_batch_made_ready_ahead_is_the_next_one_and_its_error_waits_for_next(emoji_copy):
+    plain, ahead = loader(), loader()
+    for index in range(3):
+        ahead.prepare()
+        ahead.prepare()
+        expected, found = next(plain), next(ahead)
+        assert found.index == expected.index == index
+        assert torch.equal(found.images, expected.images)
+    (emoji_copy / "00001.captions").unlink()
+    broken = loader(emoji_copy)
+    with pytest.raises(DataError, match="cannot be opened"):
+        for _ in range(48):
+            try:
+                broken.prepare()
+            except DataError as error:
+                raise AssertionError("raised where nobody had asked for the batch") from error
+            next(broken)
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.35])  # nothing of the image, or its header and more
 def test_a_bad_image_costs_one_image(emoji_copy, tmp_path, keep):
     clean = loader()
