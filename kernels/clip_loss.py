@@ -150,10 +150,12 @@ def backward_products(
     columns = all_texts.shape[1]
     log_sums = torch.cat([sums.row_log_sum, sums.column_log_sum], 1)
     terms = blocks.softmax_terms(log_sums, problem.logit_scale, columns, image.dtype)
+    text_operand = chunked.operand(all_texts, image) if need_image else None
     row_terms, column_terms = terms[..., :batch], terms[..., batch:]
     for start in range(0, batch, problem.chunk_rows):
         rows = slice(start, min(start + problem.chunk_rows, batch))
         part = image[rows]
+        part_operand = chunked.operand(part, image) if need_text else None
         image_sum = part.new_empty(part.shape, dtype=torch.float32) if need_image else None
         for v in range(variants):
             block, block_sum = blocks.softmax_gradient(
@@ -167,9 +169,9 @@ def backward_products(
             )
             scale_sum = scale_sum + block_sum
             if image_sum is not None:
-                product(block, all_texts[v], image_sum, accumulate=v > 0)
+                product(block, text_operand[v], image_sum, accumulate=v > 0)
             if text_sum is not None:
-                product(block.T, part, text_sum[v], accumulate=start > 0)
+                product(block.T, part_operand, text_sum[v], accumulate=start > 0)
             del block
         if image_gradient is not None:
             mean = None
@@ -269,7 +271,8 @@ def clip_loss(
     is its own softmax in the text-to-image half too, the paper leaves open, and is our choice.
 
     image_features: `[batch, dim]`, unit length, bf16, fp16 or fp32 (float64: the reference alone);
-        dim a multiple of 8. Need not be contiguous.
+        dim a multiple of 8. Need not be contiguous. On a GPU the backward takes bf16 features as
+        fp16: an element beyond 65,504 gives gradients that are not finite.
     text_features: `[batch, dim]` or `[variants, batch, dim]`, same dtype and device; or what
         start_gather returned for it.
     logit_scale: 0-d fp32 (float64 beside float64), already exponentiated; at most 100 for the
@@ -279,8 +282,8 @@ def clip_loss(
         of the losses and of the gradients (as data parallelism forms it) is the global batch's.
         The incoming gradient must be the same on all ranks.
     label_smoothing: 0 to 1, as in torch.nn.functional.cross_entropy, for rows and columns.
-    chunk_rows: the backward holds a block of chunk_rows x B gradients in the features' dtype
-        (twice 4096 * B bytes in bf16); fewer rows, less memory and more launches.
+    chunk_rows: the backward holds a block of chunk_rows x B gradients, fp32 for fp32 features and
+        fp16 for others (twice 4096 * B bytes); fewer rows, less memory and more launches.
     implementation: "auto" is "triton" on CUDA and "chunked" on a CPU ("reference" for float64);
         "triton"; "chunked" (plain products by blocks of rows, any device); "reference" (whole
         matrices in plain PyTorch).

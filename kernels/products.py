@@ -10,13 +10,15 @@ BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
 @contextmanager
 def full_precision(features: torch.Tensor) -> Iterator[None]:
-    """Work on the features' device, without autocast, and without TF32 or bf16 in fp32 products."""
+    """Work on the features' device, without autocast, fp32 products in fp32, and all sums too."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by fp32_precision, torch's other way, which that one refuses to see
         before = "highest"
     settings = [backend.fp32_precision for backend in BACKENDS]
+    half_sums = torch.backends.cuda.matmul.allow_fp16_accumulation
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
     try:
         with (
             torch.cuda.device_of(features),
@@ -27,6 +29,7 @@ def full_precision(features: torch.Tensor) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
         for backend, setting in zip(BACKENDS, settings):
             backend.fp32_precision = setting
+        torch.backends.cuda.matmul.allow_fp16_accumulation = half_sums
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:

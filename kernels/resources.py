@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from laclip.kernels import triton_kernels as kernels
+from laclip.kernels.chunked import GAIN
 from laclip.kernels.launch_table import FLOAT32, HOPPER, HOPPER_SMALL, OTHER, Tile
 from laclip.kernels.triton_blocks import ONLINE, SIGMOID, SOFTMAX
 
@@ -77,10 +79,11 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, 
 def _matrix_kernels(
     label: str, dtype: str, name: str, shape: Tile, mode: int | None
 ) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    block, gain = ("fp32", 1.0) if dtype == "fp32" else ("fp16", GAIN[torch.float16])
     types = {
         "images": f"tensordesc<{dtype}[{shape.rows},{shape.inner}]>",
         "texts": f"tensordesc<{dtype}[{shape.columns},{shape.inner}]>",
-        "block": f"tensordesc<{dtype}[{shape.rows},{shape.columns // shape.slabs}]>",
+        "block": f"tensordesc<{block}[{shape.rows},{shape.columns // shape.slabs}]>",
     }
     constants: dict[str, Any] = {
         "DIM": 768,
@@ -95,7 +98,7 @@ def _matrix_kernels(
         constants |= {"EDGE": edge, "PLAIN_M": 128 if edge and dtype != "fp32" else shape.rows}
         yield label, kernels.column_sweep, types, constants, shape.warps, shape.stages
     else:
-        constants |= {"SLABS": shape.slabs, "MODE": mode, "GAIN": 1.0}
+        constants |= {"SLABS": shape.slabs, "MODE": mode, "GAIN": gain}
         # The fallback runs both its passes on the tiles of softmax_edge.
         for masked in (True, False) if mode == ONLINE else (edge,):
             for gradient in (True, False) if mode == SIGMOID else (True,):

@@ -44,6 +44,8 @@ def one_pass(
     factor = (share / gain * problem.logit_scale).float()
     image_sum = image.new_empty(image.shape, dtype=torch.float32) if need_image else None
     text_sum = image.new_empty(all_texts.shape, dtype=torch.float32) if need_text else None
+    text_operand = chunked.operand(all_texts, image) if need_image else None
+    image_operand = chunked.operand(image, image) if need_text else None
     for start in range(0, batch, problem.chunk_rows):
         rows = slice(start, min(start + problem.chunk_rows, batch))
         for v in range(variants):
@@ -57,9 +59,9 @@ def one_pass(
             )
             totals = totals + block_totals
             if image_sum is not None:
-                product(block, all_texts[v], image_sum[rows], accumulate=v > 0)
+                product(block, text_operand[v], image_sum[rows], accumulate=v > 0)
             if text_sum is not None:
-                product(block.T, image[rows], text_sum[v], accumulate=start > 0)
+                product(block.T, image_operand[rows], text_sum[v], accumulate=start > 0)
             del block
     if image_sum is not None:
         blocks.combine(image_sum, coefficients, text, None, factor, image_sum)

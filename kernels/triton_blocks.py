@@ -243,8 +243,9 @@ def _gradient_pass(
 
 
 def _empty_block(image: torch.Tensor, columns: int) -> torch.Tensor:
-    """Room for G: rows padded to 16 bytes, as descriptors want it."""
-    return image.new_empty(len(image), -(-columns // 8) * 8)[:, :columns]
+    """Room for G, in the dtype of chunked.GAIN: rows padded to 16 bytes, as descriptors want it."""
+    dtype = torch.float32 if image.dtype == torch.float32 else torch.float16
+    return image.new_empty(len(image), -(-columns // 8) * 8, dtype=dtype)[:, :columns]
 
 
 def softmax_gradient(

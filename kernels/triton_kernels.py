@@ -301,7 +301,7 @@ def gradient_tiles(
     GRADIENT: tl.constexpr,
     GAIN: tl.constexpr,
 ):
-    """G in the features' dtype, and fp32 sums over it; programs stay, tiles pass."""
+    """G in its block's dtype, and fp32 sums over it; programs stay, tiles pass."""
     row_tiles = tl.cdiv(rows, BLOCK_M)
     column_tiles = tl.cdiv(columns, BLOCK_N)
     scale, shift = _scale_and_shift(logit_scale, margin)

@@ -74,11 +74,11 @@ def test_sigmoid_loss_takes_variants(implementation, device):
     check("siglip", tensors, implementation, chunk_rows=40)
 
 
-def test_late_in_training_the_error_is_a_fifth_of_plain_bf16s(device):
+def test_late_in_training_the_error_is_a_fiftieth_of_plain_bf16s(device):
     tensors = inputs("clip", "planted", 300, 64, BF16, device, 100.0)
     rows = zip(fused("clip", tensors, "triton"), plain("clip", tensors), truth("clip", tensors))
     for mine, by_hand, exact in list(rows)[1:]:
-        assert 5 * (mine.double() - exact).norm() <= (by_hand.double() - exact).norm()
+        assert 50 * (mine.double() - exact).norm() <= (by_hand.double() - exact).norm()
 
 
 @pytest.mark.parametrize("stretch", [5.0, 30.0])

@@ -127,21 +127,31 @@ def use_tf32_by_backend():
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
+def use_fp16_sums():
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+
+
+def matmul_settings():
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    return cuda.fp32_precision, cpu.fp32_precision, cuda.allow_fp16_accumulation
+
+
 @both_losses
 @every_fused
-@pytest.mark.parametrize("use", [use_tf32, use_bf16, use_tf32_by_backend])
-def test_autocast_and_precision_settings_change_nothing(loss, implementation, use, device):
-    tensors = inputs(loss, "random", 65, 64, torch.float32, device, 20.0)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("use", [use_tf32, use_bf16, use_tf32_by_backend, use_fp16_sums])
+def test_autocast_and_precision_settings_change_nothing(loss, implementation, use, dtype, device):
+    tensors = inputs(loss, "random", 65, 64, dtype, device, 20.0)
     expected = gradients(PUBLIC[loss], tensors, implementation=implementation)
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     use()
-    before = [backend.fp32_precision for backend in backends]
+    before = matmul_settings()
     try:
         with torch.autocast(device, torch.bfloat16):
             found = gradients(PUBLIC[loss], tensors, implementation=implementation)
-        assert [backend.fp32_precision for backend in backends] == before
+        assert matmul_settings() == before
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
 
 
