@@ -57,7 +57,7 @@ rivals=${RIVALS:-$work/rivals}
 if [ ! -d "$rivals" ]; then
   "$python" -m pip install -q --no-deps --retries 1 --timeout 15 --target "$rivals" \
     open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth==0.2.13 inf-cl==1.2.1 \
-    siglip-kernel==0.1.2 webdataset==1.0.2 braceexpand==0.1.7 ||
+    siglip-kernel==0.1.2 webdataset==0.2.86 braceexpand==0.1.7 ||
     echo "gpu.sh: no rivals here: only our own implementations are timed" >&2
 fi
 beside_rivals=(env PYTHONPATH="$(realpath -m "$rivals")${PYTHONPATH:+:$PYTHONPATH}" "$python")

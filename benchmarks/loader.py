@@ -1,6 +1,6 @@
 """Images a second of laclip's loader and its rivals, on the same photographs, crops and threads.
 
-    python -m pip install --no-deps --target RIVALS webdataset==1.0.2 braceexpand==0.1.7
+    python -m pip install --no-deps --target RIVALS webdataset==0.2.86 braceexpand==0.1.7
     PYTHONPATH=RIVALS python benchmarks/loader.py --photos FOLDER --work FOLDER [--out FILE]
 
 --photos: photographs of 500 pixels or more a side, in any number of folders below; --work gets

@@ -4,15 +4,21 @@ python requirements/oracles.py benchmarks/train.py [--models vit_b_32 ...] [--ou
 
 MFU is a share of the data sheet's peak on a GPU; on a CPU, of what a large matrix product reaches
 in the same run. There all times are the process's CPU seconds (OMP_NUM_THREADS=1: those of one
-core), which others on the machine stretch less than the clock.
+core, and of our decoding threads), which others on the machine stretch less than the clock; so
+open_clip decodes in the same process there, and in a process for each core beside a GPU. Its own
+loader needs webdataset and braceexpand, as benchmarks/loader.py does.
 """
 
 import argparse
 import copy
+import importlib.util
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import open_clip
@@ -163,7 +169,7 @@ def build_rivals(config: ModelConfig, batch: Batch, precision, compiled: bool) -
     return Rivals(steps, losses, ours, optimizer)
 
 
-def real_batches(dataset: Path, size: int, batch: int, device: str) -> Iterator[Batch]:
+def our_batches(dataset: Path, size: int, batch: int, device: str) -> Iterator[Batch]:
     # Here, so that random images need neither DALI nor laclip's extension.
     from laclip.dataset import open_dataset
     from laclip.loader import Loader
@@ -181,6 +187,30 @@ def real_batches(dataset: Path, size: int, batch: int, device: str) -> Iterator[
     )
     for loaded in loader:
         yield loaded.images, loaded.captions  # type: ignore[misc]
+
+
+def open_clip_batches(dataset: Path, size: int, batch: int, device: str) -> Iterator[Batch]:
+    """open_clip_train's own pipeline over the same tars: webdataset, Pillow, its tokenizer."""
+    if importlib.util.find_spec("pandas") is None:  # which its CSV data sets alone use
+        sys.modules["pandas"] = ModuleType("pandas")
+    from open_clip_train.data import get_wds_dataset
+
+    options = SimpleNamespace(
+        train_data="::".join(map(str, sorted(dataset.glob("*.tar")))),
+        train_num_samples=1_000_000 * batch,
+        train_data_upsampling_factors=None,
+        dataset_resampled=True,
+        batch_size=batch,
+        world_size=1,
+        workers=len(os.sched_getaffinity(0)) if device == "cuda" else 0,
+        seed=0,
+    )
+    transform = open_clip.image_transform(
+        size, is_train=True, aug_cfg={"scale": DataConfig().crop_scale}
+    )
+    data = get_wds_dataset(options, transform, is_train=True, tokenizer=open_clip.tokenize)
+    for images, token_ids in data.dataloader:
+        yield images.to(device, non_blocking=True), token_ids
 
 
 def parts_of_our_step(
@@ -226,11 +256,17 @@ def run(model: str, args: argparse.Namespace, device: str) -> list:
 
     for name, step in rivals.steps.items():
         add(name, step, lambda _turn: batch, tokens)
-    best = rivals.steps["laclip" if args.eager else "laclip compiled"]
+    compiled = "" if args.eager else " compiled"
     add("laclip, all captions of 77", rivals.steps["laclip"], lambda _turn: full, CONTEXT)
     if args.data:
-        batches = real_batches(args.data, config.vision.image_size, batch_size, device)
-        add("laclip, real data", lambda _turn: best(next(batches)), lambda turn: turn)
+        for name, source in (("laclip", our_batches), ("open_clip", open_clip_batches)):
+            batches = source(args.data, config.vision.image_size, batch_size, device)
+            best = rivals.steps[name + compiled]
+
+            def real(_turn: Any, best: Step = best, batches: Iterator[Batch] = batches) -> None:
+                best(next(batches))
+
+            add(f"{name}{compiled}, real data", real, lambda turn: turn)
     if device == "cpu":
         a, b = (torch.randn(2048, 2048, dtype=precision) for _ in range(2))
         add(PEAK, lambda _turn: a @ b, lambda turn: turn)
@@ -276,7 +312,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each case")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled steps")
-    parser.add_argument("--data", type=Path, help="also train on this dataset folder")
+    parser.add_argument(
+        "--data", type=Path, help="also train on this dataset folder, each with its own loader"
+    )
     parser.add_argument("--out", type=Path, help="a result file that records are added to")
     args = parser.parse_args()
     for model in args.models or ([*BATCHES][:3] if gpu else ["small"]):
