@@ -147,7 +147,9 @@ def pil_loader(work, batch, threads):
 def webdataset_loader(work, batch, threads):
     tars = [str(path) for path in sorted((work / "shards").glob("*.tar"))]
     samples = webdataset.WebDataset(tars, resampled=True, nodesplitter=None)
-    samples = samples.shuffle(1000).decode("pil").to_tuple("jpg").map_tuple(pil_transform).batched(batch)
+    samples = (
+        samples.shuffle(1000).decode("pil").to_tuple("jpg").map_tuple(pil_transform).batched(batch)
+    )
     return iter(
         webdataset.WebLoader(
             samples, batch_size=None, num_workers=threads, multiprocessing_context="forkserver"
