@@ -53,9 +53,12 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["laclip", "laclip.prepare", "laclip.rewrite", "laclip.vocab", "laclip.kernels"],
+    packages=[
+        *("laclip", "laclip.prepare", "laclip.rewrite", "laclip.vocab", "laclip.kernels"),
+        *("laclip.evaluation", "laclip.evaluation.names"),
+    ],
     package_dir={"laclip": "laclip", "laclip.kernels": "kernels"},
-    package_data={"laclip.vocab": ["*"]},
+    package_data={"laclip.vocab": ["*"], "laclip.evaluation.names": ["*"]},
     ext_modules=[Extension("laclip._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -31,7 +31,7 @@ from laclip.checkpoint import (
 from laclip.config import Config, load_config
 from laclip.dataset import Dataset, open_dataset
 from laclip.engine_settings import engine_settings, prepare_cpu
-from laclip.evaluation import evaluate
+from laclip.evaluation.held_out import evaluate
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares

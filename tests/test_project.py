@@ -34,7 +34,7 @@ def floor_of(module: str) -> int:
 def sources() -> dict[Path, str]:
     """Every source file of the package with the name of its module or subpackage."""
     found = {path: path.stem for path in (ROOT / "laclip").glob("*.py") if path.stem != "__init__"}
-    for package in ("prepare", "rewrite"):
+    for package in ("prepare", "rewrite", "evaluation"):
         found |= dict.fromkeys((ROOT / "laclip" / package).rglob("*.py"), package)
     found |= dict.fromkeys((ROOT / "kernels").glob("*.py"), "kernels")
     return found

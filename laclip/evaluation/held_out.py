@@ -1,21 +1,18 @@
-"""Scores on held-out data: images against texts, and texts against images."""
+"""Scores on held-out datasets while training: images against texts, texts against images."""
 
 import base64
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
 from laclip.config import DataConfig, TaskConfig
 from laclip.dataset import Dataset, open_dataset
-from laclip.images import DecodeError, ImagePipeline
-from laclip.parallel import Ranks, gather_objects, gather_rows
+from laclip.evaluation.features import BATCHES_IN_FLIGHT, Encode, encode_images, encode_texts
+from laclip.evaluation.ranking import places, recall
+from laclip.images import ImagePipeline
+from laclip.parallel import Ranks
 from laclip.tokenizer import Tokenizer
-
-Encode = Callable[[torch.Tensor], torch.Tensor]  # inputs -> unit-length features [batch, dim]
 
 
 class HeldOutSet:
@@ -93,47 +90,38 @@ def evaluate(
         train=False,
         device=ranks.device,
         threads=data.decode_threads,
-        depth=1,
+        depth=BATCHES_IN_FLIGHT,
         exif_rotation=data.exif_rotation,
     )
-    undecodable: list[int] = []
-
-    def images_at(numbers: list[int]) -> torch.Tensor:
-        encoded = [held_out.encoded_image(number) for number in numbers]
-        pipeline.feed(encoded)
-        try:
-            return pipeline.take()
-        except DecodeError as error:
-            undecodable.extend(numbers[i] for i in error.reasons)
-            good = [number for i, number in enumerate(numbers) if i not in error.reasons]
-            images = torch.zeros(len(numbers), 3, image_size, image_size, device=ranks.device)
-            if good:
-                images[[i for i in range(len(numbers)) if i not in error.reasons]] = images_at(good)
-            return images
-
-    def tokens_at(numbers: list[int]) -> torch.Tensor:
-        return torch.from_numpy(held_out.token_ids[numbers])
-
-    image_features = _encode_all(len(held_out.samples), images_at, encode_image, batch_size, ranks)
-    text_features = _encode_all(len(held_out.texts), tokens_at, encode_text, batch_size, ranks)
-    dropped = sorted({number for part in gather_objects(undecodable) for number in part})
-    kept = torch.ones(len(held_out.samples), dtype=torch.bool)
-    kept[dropped] = False
+    image_features, undecodable = encode_images(
+        held_out.encoded_image, len(held_out.samples), encode_image, pipeline, batch_size, ranks
+    )
+    text_features = encode_texts(held_out.token_ids, encode_text, batch_size, ranks)
+    kept = torch.tensor(
+        [n for n in range(len(held_out.samples)) if n not in undecodable], dtype=torch.int64
+    )
     image_features, text_of = image_features[kept], held_out.text_of[kept]
-    similarity = image_features @ text_features.T
+    numbers = torch.arange(len(kept))
     if task.direction == "image_to_text":
-        scores = image_to_text(similarity, text_of)
+        pairs = torch.stack([numbers, text_of], dim=1)
+        found = places(image_features, text_features, pairs, ranks.device)
+        scores = {"top1": recall(found, 1), "top5": recall(found, 5)}
+        chance = 1 / len(text_features)
     else:
-        scores = text_to_image(similarity, text_of)
-    scores["undecodable"] = len(dropped)
-    numbers = torch.arange(len(kept))[kept]
+        pairs = torch.stack([text_of, numbers], dim=1)
+        found = places(text_features, image_features, pairs, ranks.device)
+        scores = {"recall_at_1": recall(found, 1), "recall_at_5": recall(found, 5)}
+        chance = 1 / len(found)  # on average, as each image is of one text
+    scores |= {"chance": chance, "n": len(found), "undecodable": len(undecodable)}
     examples = []
-    for row in torch.linspace(0, len(numbers) - 1, min(12, len(numbers))).long().tolist():
-        values, nearest = similarity[row].topk(min(5, len(held_out.texts)))
-        image = held_out.encoded_image(int(numbers[row]))
+    for row in torch.linspace(0, len(kept) - 1, min(12, len(kept))).long().tolist():
+        similarity = text_features @ image_features[row]
+        values, nearest = similarity.topk(min(5, len(held_out.texts)))
         examples.append(
             {
-                "image": base64.b64encode(image.tobytes()).decode(),
+                "image": base64.b64encode(
+                    held_out.encoded_image(int(kept[row])).tobytes()
+                ).decode(),
                 "caption": held_out.texts[int(text_of[row])],
                 "nearest": [
                     [held_out.texts[text], round(value, 4)]
@@ -142,54 +130,3 @@ def evaluate(
             }
         )
     return scores, examples
-
-
-def image_to_text(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, float]:
-    """Scores of images `[images, texts]` whose own texts are `text_of [images]`.
-
-    A text that ties with the right one counts against it.
-    """
-    own = similarity.gather(1, text_of[:, None])
-    better = (similarity >= own).sum(dim=1) - 1
-    return {
-        "top1": (better < 1).float().mean().item(),
-        "top5": (better < 5).float().mean().item(),
-        "chance": 1 / similarity.shape[1],
-        "n": len(similarity),
-    }
-
-
-def text_to_image(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, float]:
-    """Scores of texts against `similarity [images, texts]`; a text's best own image counts."""
-    texts = similarity.shape[1]
-    own = F.one_hot(text_of, texts).bool()
-    asked = own.any(dim=0)
-    best = similarity.masked_fill(~own, -torch.inf).max(dim=0).values
-    better = ((similarity >= best) & ~own).sum(dim=0)[asked]
-    return {
-        "recall_at_1": (better < 1).float().mean().item(),
-        "recall_at_5": (better < 5).float().mean().item(),
-        "chance": (own.sum(dim=0)[asked].float() / len(similarity)).mean().item(),
-        "n": int(asked.sum()),
-    }
-
-
-@torch.no_grad()
-def _encode_all(
-    count: int,
-    inputs_at: Callable[[list[int]], torch.Tensor],
-    encode: Encode,
-    batch_size: int,
-    ranks: Ranks,
-) -> torch.Tensor:
-    """Features of items 0 to count - 1 on the CPU, computed by all ranks in equal shares."""
-    share = -(-count // ranks.world_size)
-    # Equal shares, the last item repeated: under ZeRO-3 every rank must take part in every pass.
-    numbers = [min(ranks.rank * share + i, count - 1) for i in range(share)]
-    features = [
-        encode(inputs_at(numbers[i : i + batch_size])).float() for i in range(0, share, batch_size)
-    ]
-    rows = torch.cat(features)
-    if dist.is_initialized() and ranks.world_size > 1:
-        rows = gather_rows(rows)
-    return rows[:count].cpu()
