@@ -1,0 +1,100 @@
+"""Scores of a trained model on data of your own or the field's.
+
+laclip evaluate MODEL zero-shot DATA
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from laclip.evaluation.trained import TrainedModel
+from laclip.evaluation.zero_shot import zero_shot
+
+SHARES = {  # what is printed as a percentage, in this order
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+    "chance": "chance",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Score a trained model. One process, on the GPU where there is one; images and precision "
+        "as in the run's configuration. docs/evaluation.md tells what every number means."
+    )
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="a finished run's folder: config.toml, model.pt"
+    )
+    tasks = parser.add_subparsers(metavar="TASK", required=True, dest="task")
+
+    def task(name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
+        found = tasks.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}"
+        )
+        found.add_argument("--out", type=Path, metavar="JSON", help="write all scores there")
+        found.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="SECTION.KEY=VALUE",
+            help="override a key of the run's configuration, e.g. evaluation.batch_size=512, "
+            "data.decode_threads=16 or train.precision=fp32; may be repeated",
+        )
+        return found
+
+    labelled = (
+        "a folder with one folder of images a class, or with webdataset tars of KEY.jpg (or png, "
+        "webp) and KEY.cls, as CLIP_benchmark publishes them"
+    )
+    classes = task(
+        "zero-shot",
+        "classification by the names of the classes",
+        "Names: --classnames; else ImageNet's where the folders are WordNet ids; else "
+        "classnames.txt in DATA or the folder above; else the folders' names.",
+    )
+    classes.add_argument("data", type=Path, metavar="DATA", help=labelled)
+    classes.add_argument(
+        "--classnames", type=Path, metavar="FILE", help="one name a line, in the classes' order"
+    )
+    classes.add_argument(
+        "--templates",
+        metavar="simple|openai|FILE",
+        help="simple: the 7 that LaCLIP takes for CC3M, CC12M and RedCaps; openai: the 80 that it "
+        "takes for LAION-400M; a file: one a line, {} for the name (default: "
+        "zeroshot_classification_templates.txt in DATA or the folder above, else simple)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out: there is no folder '{args.out.absolute().parent}'")
+    model = TrainedModel(args.model, args.set)
+    scores = zero_shot(model, args.data, args.classnames, args.templates)
+    scores = {"model": str(args.model), "task": args.task, **scores}
+    print(table(scores))
+    if args.out is not None:
+        temporary = args.out.with_name(args.out.name + ".partial")
+        temporary.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+        temporary.rename(args.out)
+    return 0
+
+
+def table(scores: dict[str, Any]) -> str:
+    """What a person reads: what was done, the scores, and what could not be scored."""
+    lines = [f"{scores['task']} of '{scores['model']}' on '{scores['data']}'"]
+    if "templates" in scores:
+        lines.append(
+            f"{scores['classes']:,} classes, names: {scores['classnames']}; "
+            f"{scores['templates_count']} templates: {scores['templates']}"
+        )
+    lines += [f"  {title:24}{scores[key]:9.2%}" for key, title in SHARES.items() if key in scores]
+    lines.append(f"  {'images':24}{scores['n']:9,}")
+    broken, ignored = scores["undecodable_images"], scores["ignored_files"]
+    if broken:
+        lines.append(f"  {'left out, do not decode':24}{len(broken):9,}")
+        lines += [f"    {name}: {reason}" for name, reason in list(broken.items())[:5]]
+    if ignored:
+        lines.append(f"  {'files that are no images':24}{len(ignored):9,}  {ignored[0]}, ...")
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""open_clip's own zero-shot evaluation of an exported model; prints its scores as JSON.
+
+python requirements/oracles.py tests/oracles/zero_shot.py WEIGHTS MODEL.json CLASS_FOLDERS
+"""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.transform import image_transform
+from open_clip_train.zero_shot import run
+from PIL import Image
+
+
+def main() -> None:
+    weights, settings, data = sys.argv[1:]
+    config = json.loads(Path(settings).read_text())
+    model = open_clip.model.CLIP(**config).eval()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    transform = image_transform(config["vision_cfg"]["image_size"], is_train=False)
+    folders = sorted(Path(data).iterdir())
+    images, labels = [], []
+    for label, folder in enumerate(folders):
+        for file in sorted(folder.iterdir()):
+            images.append(transform(Image.open(file)))
+            labels.append(label)
+    batches = list(zip(torch.stack(images).split(64), torch.tensor(labels).split(64)))
+    tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+    args = Namespace(device="cpu", precision="fp32", batch_size=64)
+    found = {}
+    for name, templates in (
+        ("simple", open_clip.SIMPLE_IMAGENET_TEMPLATES),
+        ("openai", open_clip.OPENAI_IMAGENET_TEMPLATES),
+    ):
+        with torch.no_grad():
+            classifier = open_clip.build_zero_shot_classifier(
+                model, tokenizer, [folder.name.replace("_", " ") for folder in folders], templates
+            )
+        top1, top5 = run(model, classifier, batches, args)
+        found[name] = {"top1": top1, "top5": top5, "classifier": classifier.T.tolist()}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+"""laclip evaluate MODEL zero-shot: real images, a small model that has learned them."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from scored_model import evaluate, pairs, refuse, write_folders, write_run, write_tar
+
+from laclip.cli import main
+from laclip.config import load_config
+from laclip.evaluation.data import open_labelled
+from laclip.evaluation.prompts import FOLDER
+from laclip.evaluation.ranking import places
+from laclip.evaluation.trained import TrainedModel
+from laclip.evaluation.zero_shot import class_features
+
+ROOT = Path(__file__).parent.parent
+WNIDS = [line.split("\t") for line in (FOLDER / "imagenet_classes.tsv").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    return pairs(24)
+
+
+@pytest.fixture(scope="module")
+def trained(drawings, tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "trained", drawings=drawings)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "fresh")
+
+
+@pytest.fixture
+def folders(drawings, tmp_path):
+    return write_folders(tmp_path / "data", drawings)
+
+
+def tars(path, drawings, names=True, split="test"):
+    """CLIP_benchmark's layout: two tars, the labels of the class folders' order."""
+    ordered = sorted(drawings, key=lambda name: name.replace(" ", "_"))
+    members = {}
+    for label, caption in enumerate(ordered):
+        for key, image in drawings[caption].items():
+            members |= {f"{key}.jpg": image, f"{key}.cls": str(label).encode()}
+    items = list(members.items())
+    write_tar(path / split / "0.tar", dict(items[:20]))
+    write_tar(path / split / "1.tar", dict(items[20:]))
+    (path / split / "nshards.txt").write_text("2\n")
+    if names:
+        (path / "classnames.txt").write_text("".join(f"{name}\n" for name in ordered))
+    return path / split
+
+
+def test_scores_and_classifier_equal_open_clips_on_the_exported_weights(trained, folders, tmp_path):
+    weights = tmp_path / "open_clip.pt"
+    assert main(["export", str(trained), str(weights), "--format", "open_clip"]) == 0
+    model = load_config(trained / "config.toml").model
+    vision, text = model.vision, model.text
+    settings = {
+        "embed_dim": model.embed_dim,
+        "vision_cfg": {
+            "image_size": vision.image_size, "patch_size": vision.patch_size,
+            "width": vision.width, "layers": vision.depth, "head_width": vision.width // 2,
+        },
+        "text_cfg": {
+            "context_length": text.context_length, "width": text.width, "heads": text.heads,
+            "layers": text.depth,
+        },
+    }  # fmt: skip
+    (tmp_path / "model.json").write_text(json.dumps(settings))
+    command = [sys.executable, "requirements/oracles.py", "tests/oracles/zero_shot.py"]
+    done = subprocess.run(
+        [*command, weights, tmp_path / "model.json", folders],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = [folder.name.replace("_", " ") for folder in sorted(folders.iterdir())]
+    for templates, count in (("simple", 7), ("openai", 80)):
+        expected = json.loads(done.stdout)[templates]
+        scores = evaluate(trained, "zero-shot", folders, "--templates", templates)
+        assert scores["top1"] == expected["top1"] > 5 * scores["chance"]
+        assert scores["top5"] == expected["top5"]
+        lines = (FOLDER / f"templates_{templates}.txt").read_text().splitlines()
+        ours = class_features(TrainedModel(trained), names, lines)
+        assert len(lines) == count
+        assert (ours - torch.tensor(expected["classifier"])).abs().max() < 2e-6
+
+
+def test_tars_of_clip_benchmark_score_as_the_folders(trained, drawings, folders, tmp_path):
+    data = tars(tmp_path / "wds", drawings)
+    templates = data.parent / "zeroshot_classification_templates.txt"
+    lines = (FOLDER / "templates_simple.txt").read_text()
+    templates.write_text(lines.replace("{}", "{c}"))
+    expected = evaluate(trained, "zero-shot", folders)
+    found = evaluate(trained, "zero-shot", data)
+    assert found["templates"] == str(templates)
+    assert found["classnames"] == str(data.parent / "classnames.txt")
+    for key in ("top1", "top5", "mean_per_class", "per_class", "n", "chance", "classes"):
+        assert found[key] == expected[key]
+
+
+def test_mean_per_class_weighs_classes_not_images(trained, drawings, folders):
+    before = evaluate(trained, "zero-shot", folders)
+    right = next(entry["class"] for entry in before["per_class"] if entry["top1"] == 1)
+    image = next(iter(drawings[right].values()))
+    for number in range(50):
+        (folders / right.replace(" ", "_") / f"{number}.jpg").write_bytes(image)
+    after = evaluate(trained, "zero-shot", folders)
+    assert after["n"] == before["n"] + 50
+    assert after["top1"] > before["top1"]
+    assert after["mean_per_class"] == pytest.approx(before["mean_per_class"])
+
+
+def test_classes_of_fewer_images_count_only_where_they_have_some(trained, drawings, tmp_path):
+    data = tars(tmp_path / "wds", drawings)
+    (data.parent / "classnames.txt").open("a").write("a class without images\nanother one\n")
+    scores = evaluate(trained, "zero-shot", data)
+    assert scores["classes"] == 26 and len(scores["per_class"]) == 24
+    assert scores["chance"] == 1 / 26
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_imagenets_folders_get_its_names(fresh, drawings, count, tmp_path):
+    image = next(iter(next(iter(drawings.values())).values()))
+    chosen = WNIDS if count == 1000 else [WNIDS[i] for i in (2, 500, 999)]
+    for wnid, _ in chosen:
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+        (tmp_path / "val" / wnid / "ILSVRC2012_val_00000001.JPEG").write_bytes(image)
+    # As some copies of ImageNet have it; not in our form, and not needed.
+    (tmp_path / "val" / "classnames.txt").write_text("n01440764 tench\n")
+    template = tmp_path / "one.txt"
+    template.write_text("{}\n")
+    scores = evaluate(fresh, "zero-shot", tmp_path / "val", "--templates", template)
+    assert [entry["class"] for entry in scores["per_class"]] == [name for _, name in chosen]
+    assert scores["classnames"] == "ImageNet's" and scores["n"] == count
+    # One image everywhere: one class is right, twice if its name is of two classes.
+    assert scores["top1"] * count == pytest.approx(1)
+
+
+def test_the_names_belong_to_imagenets_classes():
+    names = dict(WNIDS)
+    assert len(names) == 1000 and list(names) == sorted(names)
+    assert names["n01440764"] == "tench" and names["n15075141"] == "toilet paper"
+    assert names["n02012849"] == "crane bird" and names["n03126707"] == "construction crane"
+    # Two pairs have one name each in open_clip's list.
+    assert len(set(names.values())) == 998
+
+
+def test_images_that_do_not_decode_are_counted_and_named(trained, drawings, folders, capsys):
+    expected = evaluate(trained, "zero-shot", folders)
+    first, second = sorted(folders.iterdir())[:2]
+    whole = next(iter(drawings[first.name.replace("_", " ")].values()))
+    (first / "a_cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (first / "b_empty.jpg").write_bytes(b"")
+    (second / "c_text.png").write_text("no image at all")
+    (second / "d_moving.gif").write_bytes(b"GIF89a\x01\x00\x01\x00\x00\x00\x00;")
+    (second / "notes.txt").write_text("not meant to be an image")
+    capsys.readouterr()
+    scores = evaluate(trained, "zero-shot", folders)
+    broken = {
+        f"{first.name}/a_cut.jpg", f"{first.name}/b_empty.jpg", f"{second.name}/c_text.png",
+        f"{second.name}/d_moving.gif",
+    }  # fmt: skip
+    assert set(scores["undecodable_images"]) == broken and scores["undecodable"] == 4
+    assert scores["ignored_files"] == [f"{second.name}/notes.txt"]
+    for key in ("top1", "top5", "mean_per_class", "n"):
+        assert scores[key] == expected[key]
+    printed = capsys.readouterr().out
+    assert "a_cut.jpg" in printed and "notes.txt" in printed
+
+
+def test_folders_named_by_numbers_follow_the_numbers(trained, drawings, tmp_path):
+    names = sorted(drawings)
+    numbered = {str(i): drawings[name] for i, name in enumerate(names)}
+    data = write_folders(tmp_path / "numbered", numbered)
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    scores = evaluate(trained, "zero-shot", data, "--classnames", tmp_path / "names.txt")
+    expected = evaluate(trained, "zero-shot", write_folders(tmp_path / "named", drawings))
+    assert scores["top1"] == expected["top1"]
+
+
+def test_the_runs_precision_normalization_and_interpolation_are_used(trained, folders):
+    expected = evaluate(trained, "zero-shot", folders)
+    assert evaluate(trained, "zero-shot", folders, "--set", "evaluation.batch_size=7") == expected
+    model = TrainedModel(trained, ["train.precision=bf16"])
+    assert model.model.logit_scale.dtype == torch.float32
+    rounded = model.encode_texts(["a"], "")
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    for change in ("data.normalize=imagenet", "data.interpolation=linear"):
+        images = [
+            TrainedModel(trained, more).encode_images(open_labelled(folders), "")[0]
+            for more in ([], [change])
+        ]
+        assert not torch.equal(*images)
+
+
+def test_weights_that_are_not_numbers_are_refused(fresh, folders, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.toml").write_text((fresh / "config.toml").read_text())
+    state = torch.load(fresh / "model.pt", weights_only=True)
+    state["image.norm.weight"][0] = float("nan")
+    torch.save(state, broken / "model.pt")
+    assert "not finite" in refuse(capsys, broken, "zero-shot", folders)
+
+
+def no_such_folder(data):
+    return data / "nowhere"
+
+
+def empty_class(data):
+    (data / "zebra_class").mkdir()
+    return data
+
+
+def no_folders(data):
+    (data.parent / "bare").mkdir()
+    return data.parent / "bare"
+
+
+def unknown_wnid(data):
+    for folder, wnid in zip(list(data.iterdir()), [WNIDS[0][0], "n99999999"]):
+        folder.rename(data.parent / wnid)
+    (data.parent / "wnids").mkdir()
+    for wnid in (WNIDS[0][0], "n99999999"):
+        (data.parent / wnid).rename(data.parent / "wnids" / wnid)
+    return data.parent / "wnids"
+
+
+def names_of_another_set(data):
+    (data / "classnames.txt").write_text("one\ntwo\n")
+    return data
+
+
+def nothing_decodes(data):
+    for file in data.rglob("*.jpg"):
+        file.write_bytes(b"broken")
+    return data
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_such_folder, "nowhere': there is no such folder"),
+        (empty_class, "zebra_class': found no image"),
+        (no_folders, "found neither folders nor tars"),
+        (unknown_wnid, "1 of its 2 folders are WordNet ids that ImageNet-1k does not have: n99999"),
+        (names_of_another_set, "names 2 classes, '"),
+        (nothing_decodes, "none of its 48 images decodes"),
+    ],
+)
+def test_folders_that_cannot_be_scored_are_refused(fresh, folders, damage, message, capsys):
+    assert message in refuse(capsys, fresh, "zero-shot", damage(folders))
+
+
+def test_tars_that_cannot_be_scored_are_refused(fresh, drawings, tmp_path, capsys):
+    def told(data):
+        return refuse(capsys, fresh, "zero-shot", data)
+
+    data = tars(tmp_path / "a", drawings, names=False)
+    assert "found no classnames.txt" in told(data)
+    assert f"Name one of them: {data}" in told(data.parent)
+    (data.parent / "classnames.txt").write_text("one\ntwo\n")
+    message = told(data)
+    assert "is of class 23" in message and "names 2 classes, 0 to 1" in message
+    (data / "nshards.txt").write_text("3\n")
+    assert "found 2 tars" in told(data)
+    data = tars(tmp_path / "b", drawings)
+    content = (data / "1.tar").read_bytes()
+    with tarfile.open(data / "1.tar") as tar:
+        *_, last = tar
+    for size in (last.offset, last.offset_data - 100, last.offset - 100):
+        (data / "1.tar").write_bytes(content[:size])
+        assert "1.tar" in (message := told(data)) and "Download it again" in message
+        (data / "1.tar").write_bytes(content)
+    write_tar(data / "1.tar", {"x.jpg": b"image", "x.txt": b"a caption"})
+    assert "'x' has no .cls" in told(data)
+    write_tar(data / "1.tar", {"x.jpg": b"image", "x.cls": b"zebra"})
+    assert "holds 'zebra', expected a class's number" in told(data)
+
+
+def test_templates_and_models_that_cannot_be_used_are_refused(fresh, folders, tmp_path, capsys):
+    def told(model, *words):
+        return refuse(capsys, model, "zero-shot", folders, *words)
+
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\na photo\n")
+    message = told(fresh, "--templates", tmp_path / "templates.txt")
+    assert "line 2: 'a photo' has no place for the class's name" in message
+    assert "'nothing': there is no such file" in told(fresh, "--templates", "nothing")
+    assert "no such file" in told(fresh, "--classnames", tmp_path / "names.txt")
+    assert "holds no config.toml, expected the folder of a finished run" in told(tmp_path)
+    assert "--out: there is no folder" in told(fresh, "--out", tmp_path / "no" / "scores.json")
+    assert "model.embed_dim" in told(fresh, "--set", "model.embed_dimm=3")
+
+
+def test_places_are_those_of_a_stable_sort():
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randint(-2, 3, (40, 3), generator=generator).float()  # many ties
+    candidates = torch.randint(-2, 3, (30, 3), generator=generator).float()
+    drawn = torch.rand(40, 30, generator=generator) < 0.08
+    pairs = drawn.nonzero()
+    expected = []
+    for query in drawn.any(dim=1).nonzero()[:, 0].tolist():
+        order = (queries[query] @ candidates.T).sort(descending=True, stable=True).indices
+        own = drawn[query][order].int()
+        expected.append(int(own.argmax()))
+    mixed = pairs[torch.randperm(len(pairs), generator=generator)]
+    for block in (1, 100, 10**6):
+        found = places(queries, candidates, mixed, torch.device("cpu"), block)
+        assert found.tolist() == expected
+
+
+def test_similarities_that_are_not_numbers_are_no_hits():
+    queries = torch.tensor([[float("nan")], [1.0]])
+    pairs = torch.tensor([[0, 0], [1, 1]])
+    found = places(queries, torch.tensor([[1.0], [2.0]]), pairs, torch.device("cpu"))
+    assert found.tolist() == [1, 0]
