@@ -23,6 +23,22 @@ def emoji_copy(tmp_path):
     return folder
 
 
+@pytest.fixture(scope="session")
+def drawings():
+    """24 things that two vendors draw: {caption: {key: JPEG}}."""
+    from scored_model import pairs
+
+    return pairs(24)
+
+
+@pytest.fixture(scope="session")
+def trained(drawings, tmp_path_factory):
+    """The folder of a run with a small model that has learned them."""
+    from scored_model import write_run
+
+    return write_run(tmp_path_factory.mktemp("runs") / "trained", drawings=drawings)
+
+
 def install(pins):
     """The folder with the packages of a file of pins, which are installed beside the environment
     on first use."""

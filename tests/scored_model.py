@@ -3,10 +3,10 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import EMOJI
 
 from laclip.cli import main
 from laclip.config import dump_config, load_config
@@ -16,6 +16,7 @@ from laclip.kernels import clip_loss
 from laclip.model import build_model
 from laclip.tokenizer import load_tokenizer
 
+EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
 SETTINGS = [
     *("model.embed_dim=32", "model.vision.width=32", "model.vision.depth=1"),
     *("model.vision.heads=2", "model.vision.image_size=48", "model.vision.patch_size=16"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scored_model import evaluate, pairs, refuse, write_folders, write_run, write_tar
+from scored_model import evaluate, refuse, write_folders, write_run, write_tar
 
 from laclip.cli import main
 from laclip.config import load_config
@@ -21,16 +21,6 @@ from laclip.evaluation.zero_shot import class_features
 
 ROOT = Path(__file__).parent.parent
 WNIDS = [line.split("\t") for line in (FOLDER / "imagenet_classes.tsv").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def drawings():
-    return pairs(24)
-
-
-@pytest.fixture(scope="module")
-def trained(drawings, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "trained", drawings=drawings)
 
 
 @pytest.fixture(scope="module")

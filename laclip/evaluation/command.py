@@ -1,6 +1,7 @@
 """Scores of a trained model on data of your own or the field's.
 
 laclip evaluate MODEL zero-shot DATA
+laclip evaluate MODEL retrieval DATA
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from laclip.evaluation.retrieval import RECALLS, retrieval
 from laclip.evaluation.trained import TrainedModel
 from laclip.evaluation.zero_shot import zero_shot
 
@@ -65,13 +67,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "takes for LAION-400M; a file: one a line, {} for the name (default: "
         "zeroshot_classification_templates.txt in DATA or the folder above, else simple)",
     )
+    both = task("retrieval", "texts found by images, and images by texts")
+    both.add_argument(
+        "data",
+        type=Path,
+        metavar="DATA",
+        help="a laclip dataset (its original captions), or a folder with webdataset tars of "
+        "KEY.jpg (or png, webp) and KEY.txt, one caption a line, as CLIP_benchmark publishes them",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out: there is no folder '{args.out.absolute().parent}'")
     model = TrainedModel(args.model, args.set)
-    scores = zero_shot(model, args.data, args.classnames, args.templates)
+    if args.task == "zero-shot":
+        scores = zero_shot(model, args.data, args.classnames, args.templates)
+    else:
+        scores = retrieval(model, args.data)
     scores = {"model": str(args.model), "task": args.task, **scores}
     print(table(scores))
     if args.out is not None:
@@ -90,7 +103,15 @@ def table(scores: dict[str, Any]) -> str:
             f"{scores['templates_count']} templates: {scores['templates']}"
         )
     lines += [f"  {title:24}{scores[key]:9.2%}" for key, title in SHARES.items() if key in scores]
+    for way in ("image_to_text", "text_to_image"):
+        if way in scores:
+            recalls = [f"{scores[way][f'recall_at_{at}']:8.2%} at {at}" for at in RECALLS]
+            recalls.append(f"{scores[way]['chance']:8.2%} chance at 1")
+            lines.append(f"  {way.replace('_', ' '):24}" + " ".join(recalls))
+    lines += [f"  {kind:24}{scores[kind]:9,}" for kind in ("texts",) if kind in scores]
     lines.append(f"  {'images':24}{scores['n']:9,}")
+    if scores["flagged"]:
+        lines.append(f"  {'left out, flagged as bad':24}{scores['flagged']:9,}")
     broken, ignored = scores["undecodable_images"], scores["ignored_files"]
     if broken:
         lines.append(f"  {'left out, do not decode':24}{len(broken):9,}")

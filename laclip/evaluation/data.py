@@ -17,6 +17,7 @@ class ImageSet:
     names: of each image, for people. places: file, offset and bytes (-1: all). classes: names of
     the class folders, or "0", "1", ... where tars number them. labels: each image's class.
     captions: of each image, where the set is for retrieval. ignored: files that are no images.
+    flagged: images that `laclip index` found to be bad, not among these.
     """
 
     path: Path
@@ -26,6 +27,7 @@ class ImageSet:
     labels: list[int] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    flagged: int = 0
     numbered: bool = False  # classes are numbers, of which some may have no image
 
     def read(self, number: int) -> np.ndarray:

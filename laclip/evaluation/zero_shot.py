@@ -75,5 +75,6 @@ def counts(images: ImageSet, undecodable: dict[int, str]) -> dict[str, Any]:
         "n": len(images.places) - len(undecodable),
         "undecodable": len(undecodable),
         "undecodable_images": {images.names[n]: reason for n, reason in undecodable.items()},
+        "flagged": images.flagged,
         "ignored_files": images.ignored,
     }
