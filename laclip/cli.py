@@ -10,7 +10,7 @@ COMMANDS = {
     "tokenize": ("laclip.prepare.tokenize", "captions and rewrites into the caption store"),
     "verify": ("laclip.prepare.verify", "check every file of a dataset against every other"),
     "rewrite": ("laclip.rewrite.command", "make rewrites of captions with a language model"),
-    "evaluate": ("laclip.evaluation.command", "score a model: zero-shot classification"),
+    "evaluate": ("laclip.evaluation.command", "zero-shot, retrieval, linear probe, few-shot"),
     "report": ("laclip.report", "one HTML page of a run"),
     "import": ("laclip.import_weights", "weights of other projects, for model.weights"),
     "export": ("laclip.export_weights", "a run's weights for other projects"),

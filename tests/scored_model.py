@@ -18,7 +18,7 @@ from laclip.tokenizer import load_tokenizer
 
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
 SETTINGS = [
-    *("model.embed_dim=32", "model.vision.width=32", "model.vision.depth=1"),
+    *("model.embed_dim=40", "model.vision.width=32", "model.vision.depth=1"),
     *("model.vision.heads=2", "model.vision.image_size=48", "model.vision.patch_size=16"),
     *("model.text.width=32", "model.text.depth=1", "model.text.heads=2"),
     *("model.text.context_length=16", "evaluation.batch_size=32"),
@@ -29,8 +29,7 @@ def pairs(classes):
     """The first words, by the alphabet, that two vendors draw: {caption: {key: JPEG}}."""
     found = {}
     for path in sorted((EMOJI / "train").glob("*.tar")):
-        with tarfile.open(path) as tar:
-            members = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
+        members = read_tar(path)
         for name, content in members.items():
             key, _, kind = name.rpartition(".")
             if kind == "txt":
@@ -46,6 +45,12 @@ def write_folders(folder, drawings):
         for key, image in images.items():
             (folder / caption.replace(" ", "_") / f"{key}.jpg").write_bytes(image)
     return folder
+
+
+def read_tar(path):
+    """The files of a tar as {name: bytes}."""
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
 
 
 def write_tar(path, members):

@@ -2,6 +2,8 @@
 
 laclip evaluate MODEL zero-shot DATA
 laclip evaluate MODEL retrieval DATA
+laclip evaluate MODEL linear-probe TRAIN TEST
+laclip evaluate MODEL few-shot DATA
 """
 
 import argparse
@@ -9,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from laclip.evaluation.probe import few_shot, linear_probe
 from laclip.evaluation.retrieval import RECALLS, retrieval
 from laclip.evaluation.trained import TrainedModel
 from laclip.evaluation.zero_shot import zero_shot
@@ -18,6 +21,13 @@ SHARES = {  # what is printed as a percentage, in this order
     "top5": "top-5",
     "mean_per_class": "mean per class",
     "chance": "chance",
+}
+EPISODES = {  # options of few-shot: default, meaning
+    "ways": (5, "classes an episode"),
+    "shots": (5, "known images a class"),
+    "queries": (15, "images a class whose class is asked for"),
+    "episodes": (600, "how many"),
+    "seed": (0, "what the episodes are drawn from"),
 }
 
 
@@ -75,6 +85,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a laclip dataset (its original captions), or a folder with webdataset tars of "
         "KEY.jpg (or png, webp) and KEY.txt, one caption a line, as CLIP_benchmark publishes them",
     )
+    features = "logistic regression on the image features before the projection"
+    probe = task(
+        "linear-probe",
+        features,
+        "C is chosen on a fifth of the training images, then all of them are fitted.",
+    )
+    probe.add_argument("train", type=Path, metavar="TRAIN", help=labelled)
+    probe.add_argument("test", type=Path, metavar="TEST", help="the same, of the same classes")
+    few = task("few-shot", f"episodes of a few classes and images: {features}")
+    few.add_argument("data", type=Path, metavar="DATA", help=labelled)
+    for option, (default, meaning) in EPISODES.items():
+        few.add_argument(
+            f"--{option}", type=int, default=default, metavar="N", help=f"{meaning} ({default})"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,8 +107,13 @@ def run(args: argparse.Namespace) -> int:
     model = TrainedModel(args.model, args.set)
     if args.task == "zero-shot":
         scores = zero_shot(model, args.data, args.classnames, args.templates)
-    else:
+    elif args.task == "retrieval":
         scores = retrieval(model, args.data)
+    elif args.task == "linear-probe":
+        scores = linear_probe(model, args.train, args.test)
+    else:
+        options = {name: getattr(args, name) for name in EPISODES}
+        scores = few_shot(model, args.data, **options)
     scores = {"model": str(args.model), "task": args.task, **scores}
     print(table(scores))
     if args.out is not None:
@@ -102,20 +131,44 @@ def table(scores: dict[str, Any]) -> str:
             f"{scores['classes']:,} classes, names: {scores['classnames']}; "
             f"{scores['templates_count']} templates: {scores['templates']}"
         )
-    lines += [f"  {title:24}{scores[key]:9.2%}" for key, title in SHARES.items() if key in scores]
+    if "trained_on" in scores:
+        lines.append(
+            f"{scores['classes']:,} classes, {scores['training']['n']:,} training images in "
+            f"'{scores['trained_on']}', C = {scores['c']:.3g}"
+            + ("" if scores["converged"] else "; stopped at the limit of iterations")
+        )
+    if "ways" in scores:
+        lines.append(
+            f"{scores['episodes']:,} episodes of {scores['ways']} classes out of "
+            f"{scores['classes']:,}, {scores['shots']} known and {scores['queries']} asked for of "
+            "each"
+        )
+    for key, title in SHARES.items():
+        if key in scores:
+            lines.append(f"  {title:24}{scores[key]:9.2%}")
+            if key == "top1" and "interval_95" in scores:
+                lines[-1] += f" ± {scores['interval_95']:.2%} (95 %)"
     for way in ("image_to_text", "text_to_image"):
         if way in scores:
             recalls = [f"{scores[way][f'recall_at_{at}']:8.2%} at {at}" for at in RECALLS]
             recalls.append(f"{scores[way]['chance']:8.2%} chance at 1")
             lines.append(f"  {way.replace('_', ' '):24}" + " ".join(recalls))
-    lines += [f"  {kind:24}{scores[kind]:9,}" for kind in ("texts",) if kind in scores]
-    lines.append(f"  {'images':24}{scores['n']:9,}")
-    if scores["flagged"]:
-        lines.append(f"  {'left out, flagged as bad':24}{scores['flagged']:9,}")
-    broken, ignored = scores["undecodable_images"], scores["ignored_files"]
+    if "texts" in scores:
+        lines.append(f"  {'texts':24}{scores['texts']:9,}")
+    lines += _counts(scores)
+    if "training" in scores:
+        lines += ["of the training images:", *_counts(scores["training"])]
+    return "\n".join(lines)
+
+
+def _counts(counts: dict[str, Any]) -> list[str]:
+    lines = [f"  {'images':24}{counts['n']:9,}"]
+    broken, ignored = counts["undecodable_images"], counts["ignored_files"]
+    if counts["flagged"]:
+        lines.append(f"  {'left out, flagged as bad':24}{counts['flagged']:9,}")
     if broken:
         lines.append(f"  {'left out, do not decode':24}{len(broken):9,}")
         lines += [f"    {name}: {reason}" for name, reason in list(broken.items())[:5]]
     if ignored:
-        lines.append(f"  {'files that are no images':24}{len(ignored):9,}  {ignored[0]}, ...")
-    return "\n".join(lines)
+        lines.append(f"  {'files that are no images':24}{len(ignored):9,}: {ignored[0]}, ...")
+    return lines
