@@ -153,6 +153,8 @@ def test_images_that_do_not_decode_are_counted_and_named(trained, drawings, fold
     (second / "c_text.png").write_text("no image at all")
     (second / "d_moving.gif").write_bytes(b"GIF89a\x01\x00\x01\x00\x00\x00\x00;")
     (second / "notes.txt").write_text("not meant to be an image")
+    (second / ".copies").mkdir()
+    (second / ".copies" / "whole.jpg").write_bytes(whole)
     capsys.readouterr()
     scores = evaluate(trained, "zero-shot", folders)
     broken = {
@@ -284,10 +286,15 @@ def test_templates_and_models_that_cannot_be_used_are_refused(fresh, folders, tm
     (tmp_path / "templates.txt").write_text("a photo of a {}.\na photo\n")
     message = told(fresh, "--templates", tmp_path / "templates.txt")
     assert "line 2: 'a photo' has no place for the class's name" in message
+    (tmp_path / "templates.txt").write_bytes(b"a photo of a {} \xff")
+    assert "templates.txt' is not UTF-8" in told(fresh, "--templates", tmp_path / "templates.txt")
+    (tmp_path / "templates.txt").write_text("a photo of a {}\n\na {}\n")
+    assert "line 2 is empty" in told(fresh, "--templates", tmp_path / "templates.txt")
     assert "'nothing': there is no such file" in told(fresh, "--templates", "nothing")
     assert "no such file" in told(fresh, "--classnames", tmp_path / "names.txt")
     assert "holds no config.toml, expected the folder of a finished run" in told(tmp_path)
     assert "--out: there is no folder" in told(fresh, "--out", tmp_path / "no" / "scores.json")
+    assert "is a folder, expected a file's name" in told(fresh, "--out", tmp_path)
     assert "model.embed_dim" in told(fresh, "--set", "model.embed_dimm=3")
 
 

@@ -104,6 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out: there is no folder '{args.out.absolute().parent}'")
+    if args.out is not None and args.out.is_dir():
+        raise ValueError(f"--out: '{args.out}' is a folder, expected a file's name")
     model = TrainedModel(args.model, args.set)
     if args.task == "zero-shot":
         scores = zero_shot(model, args.data, args.classnames, args.templates)
@@ -120,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         temporary = args.out.with_name(args.out.name + ".partial")
         temporary.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
         temporary.rename(args.out)
+        print(f"all scores: '{args.out}'")
     return 0
 
 

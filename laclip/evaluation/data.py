@@ -93,9 +93,9 @@ def _find_class_folders(path: Path) -> ImageSet:
     for label, name in enumerate(folders):
         before = len(images.places)
         for folder, below, files in os.walk(path / name, followlinks=True):
-            below.sort()
+            below[:] = sorted(name for name in below if not name.startswith("."))
             for file in (Path(folder, file) for file in sorted(files)):
-                if file.suffix[1:].lower() in IMAGE_KINDS:
+                if file.suffix[1:].lower() in IMAGE_KINDS and not file.name.startswith("."):
                     images.names.append(str(file.relative_to(path)))
                     images.places.append((file, 0, -1))
                     images.labels.append(label)

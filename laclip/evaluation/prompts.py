@@ -80,7 +80,11 @@ def _lines(file: Path, what: str) -> list[str]:
             f"'{file}': there is no such file, expected {what}, one a line"
             + (f" (or {' or '.join(TEMPLATES)})" if what == "templates" else "")
         )
-    lines = [line.strip() for line in file.read_text("utf-8-sig").rstrip().split("\n")]
+    try:
+        text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' is not UTF-8: {error}") from None
+    lines = [line.strip() for line in text.rstrip().split("\n")]
     for number, line in enumerate(lines):
         if not line:
             raise ValueError(f"'{file}' line {number + 1} is empty, expected {what}, one a line")
