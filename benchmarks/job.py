@@ -1,6 +1,6 @@
-"""The whole job beside open_clip's trainer: the demo's data, model, schedule and images, end to end.
+"""The whole job beside open_clip's trainer: the demo's data, model and schedule, end to end.
 
-    python -m pip install --no-deps --target RIVALS webdataset==0.2.86 braceexpand==0.1.7 ftfy wcwidth
+    python -m pip install --no-deps --target RIVALS webdataset==0.2.86 braceexpand==0.1.7
     PYTHONPATH=RIVALS python benchmarks/job.py [--epochs 30] [--out FILE]
 
 Plain CLIP on the original captions (configs/demo_clip.toml): open_clip has no rewrites. Both are
@@ -162,12 +162,11 @@ def main() -> None:
             found = timed(command, folder / f"{name}.log")
             state = read_checkpoint(weights)
             found |= scores(to_laclip(state) if name == "open_clip" else state, config)
-            rate = options.epochs * samples / found["seconds"]
-            milliseconds = found["seconds"] * 1e3
+            rate, clock = options.epochs * samples / found["seconds"], found["seconds"] * 1e3
+            shape = {"images": samples, "batch": batch, "epochs": options.epochs}
             records.append(
                 harness.Record(
-                    "whole job", name, {"images": samples, "batch": batch, "epochs": options.epochs},
-                    config.train.precision, milliseconds, milliseconds, milliseconds, 1, rate,
+                    "whole job", name, shape, config.train.precision, clock, clock, clock, 1, rate,
                     "images/s", None, None, found, **harness.facts(DEVICE.type),
                 )
             )  # fmt: skip
