@@ -236,7 +236,7 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
     """Read a run's configuration.
 
     path: a TOML file, or None for the defaults alone. overrides: `section.key=value`, the value
-    in TOML's syntax (a bare word is taken as a string). Raises FileNotFoundError for a missing
+    in TOML's syntax (a bare word is taken as a string, in a list too). Raises FileNotFoundError for a missing
     file and ValueError, naming the key, for anything else that is wrong.
     """
     tree: dict = {}
@@ -332,6 +332,8 @@ def _toml_value(text: str) -> typing.Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        if text.startswith("[") and text.endswith("]"):  # quotes taken by a shell on the way
+            return [_toml_value(item.strip()) for item in text[1:-1].split(",")]
         return text
 
 
