@@ -236,8 +236,8 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
     """Read a run's configuration.
 
     path: a TOML file, or None for the defaults alone. overrides: `section.key=value`, the value
-    in TOML's syntax (a bare word is taken as a string, in a list too). Raises FileNotFoundError for a missing
-    file and ValueError, naming the key, for anything else that is wrong.
+    in TOML's syntax (a bare word is taken as a string, in a list too). Raises FileNotFoundError for
+    a missing file and ValueError, naming the key, for anything else that is wrong.
     """
     tree: dict = {}
     if path is not None:
