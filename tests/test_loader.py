@@ -176,6 +176,13 @@ def test_too_many_bad_images_stop_the_run_with_a_list(emoji_copy):
     assert all(key in str(error.value) for key in keys.values())
 
 
+def test_two_bad_images_in_the_first_batch_may_be_chance(emoji_copy):
+    victims = next(loader()).samples[:2].tolist()
+    damage(emoji_copy, victims)
+    unlucky = loader(emoji_copy)
+    assert next(unlucky).substitutes == 2 and sorted(unlucky.bad_samples) == sorted(victims)
+
+
 def test_unreadable_data_is_a_data_error(emoji_copy):
     for tar in emoji_copy.glob("*.tar"):
         tar.write_bytes(tar.read_bytes()[:5000])
