@@ -336,7 +336,9 @@ bool BatchReader::is_bad(const Shard& shard, SamplePlace place,
                          const std::set<std::uint64_t>& bad) const {
   const SampleRecord& record = shard.record(place.index);
   const std::uint64_t pixels = static_cast<std::uint64_t>(record.width) * record.height;
+  // A blank original, as img2dataset writes it where there was none, is no caption.
   return (record.flags & kBad) != 0 || pixels > options_.max_pixels ||
+         (shard.caption_entry(place.index, 0) & kCaptionMissing) != 0 ||
          (!bad.empty() && bad.contains(first_sample_[place.shard] + place.index));
 }
 

@@ -33,10 +33,11 @@ def picture(number, size=(90, 70)):
     return coarse.resize(size, Image.Resampling.BICUBIC)
 
 
-def write_tar(path, images):
+def write_tar(path, images, captions=None):
     with tarfile.open(path, "w") as tar:
         for number, (name, data) in enumerate(images):
-            for member, content in ((name, data), (f"{number:05}.txt", b"a picture of noise")):
+            caption = (captions or {}).get(number, b"a picture of noise")
+            for member, content in ((name, data), (f"{number:05}.txt", caption)):
                 info = tarfile.TarInfo(member)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -44,15 +45,16 @@ def write_tar(path, images):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A data set of small photographs; dataset(name, data): with another image in one place."""
+    """A data set of small photographs; dataset(name, data, captions): with another image in one
+    place, other captions."""
 
-    def build(name=f"{VICTIM:05}.jpg", data=None):
+    def build(name=f"{VICTIM:05}.jpg", data=None, captions=None):
         images = [(f"{i:05}.jpg", encode(picture(i))) for i in range(SAMPLES)]
         if data is not None:
             images[VICTIM] = (name, data)
         folder = tmp_path / "dataset"
         folder.mkdir()
-        write_tar(folder / "00000.tar", images)
+        write_tar(folder / "00000.tar", images, captions)
         index(folder)
         tokenize(folder)
         return folder
@@ -218,6 +220,15 @@ def test_what_the_index_flags_is_never_read(dataset, tmp_path, data, reason):
     assert sum(batch.substitutes for batch in found) == 1
     assert not any(VICTIM in batch.samples for batch in found)
     assert not log.exists()  # known before the run
+
+
+@pytest.mark.parametrize("caption", [b"", b" \n"])  # img2dataset writes the first for none
+def test_an_image_with_a_blank_caption_is_not_used(dataset, caption):
+    folder = dataset(captions={VICTIM: caption})
+    found = batches(folder)
+    assert sum(batch.substitutes for batch in found) == 1
+    assert not any(VICTIM in batch.samples for batch in found)
+    assert all((batch.captions.lengths > 2).all() for batch in found)
 
 
 def test_an_image_above_max_pixels_is_refused_before_decoding(dataset, tmp_path):
