@@ -256,8 +256,8 @@ class Loader:
             )
             raise DataError(
                 f"data.max_bad_fraction: {self._found_bad} of the first {read} samples could not "
-                f"be decoded, more than chance makes of a share of {self._max_bad_fraction:g}. Run "
-                f"'laclip index --decode' to flag them, or raise the fraction. Found:\n{listed}"
+                f"be decoded, more than chance makes of a share of {self._max_bad_fraction:g}. "
+                f"Raise it to go on, or begin anew after 'laclip index --decode'. Found:\n{listed}"
             )
 
     def _log_bad(self, record: dict) -> None:

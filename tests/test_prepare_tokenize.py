@@ -341,3 +341,11 @@ def test_equal_hashes_are_told_apart_by_the_identity_itself(tmp_path, monkeypatc
     monkeypatch.setattr(module, "hash_strings", lambda s: np.zeros(len(s), np.uint64))
     build_store(tmp_path / "s", [("a", "1"), ("b", "2"), ("c", "3")])
     assert TextStore(tmp_path / "s").find(["c", "a", "x", "b"])[0] == ["3", "1", None, "2"]
+
+
+def test_an_index_that_loses_the_captions_names_the_variants_to_give_again(folder, tmp_path):
+    write_keyed(tmp_path / "r.jsonl")
+    tokenize(folder, {"llm": tmp_path / "r.jsonl", "blip": "json:blip"})
+    assert index(folder).endswith("bad")
+    again = index(folder, decode=True).splitlines()[-1]
+    assert again.endswith(f"Run: laclip tokenize {folder} --rewrites llm=FILE --rewrites blip=FILE")
