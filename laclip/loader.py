@@ -107,6 +107,12 @@ class Loader:
             )
         for dataset in datasets:
             dataset.check_tokenizer(tokenizer.fingerprint)
+            if data.captions == "weights" and dataset.variants != datasets[0].variants:
+                raise ValueError(
+                    f"data.weights: one a variant, but '{datasets[0].path}' has "
+                    f"{', '.join(datasets[0].variants)} and '{dataset.path}' "
+                    f"{', '.join(dataset.variants)}. Run laclip tokenize with them in one order"
+                )
         options = reader_options(data, tokenizer, context_length)
         options.pad_captions = pad_captions
         options.seed = seed

@@ -212,6 +212,19 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_refused():
         loader(rank=0, world_size=3)
 
 
+def test_weights_ask_for_variants_in_one_order(emoji_copy):
+    manifest = json.loads((emoji_copy / "dataset.json").read_text())
+    weights = DataConfig(captions="weights", weights=(1.0,) * len(manifest["variants"]))
+    opened = [open_dataset(EMOJI / "train"), open_dataset(emoji_copy)]
+    rest = {"seed": 0, "global_batch_size": 8, "image_size": 16, "context_length": 32}
+    next(Loader(opened, weights, load_tokenizer(), device=CPU, **rest))
+    manifest["variants"][1:] = manifest["variants"][:0:-1]
+    (emoji_copy / "dataset.json").write_text(json.dumps(manifest))
+    opened[1] = open_dataset(emoji_copy)
+    with pytest.raises(ValueError, match=r"data\.weights: one a variant, but .* in one order"):
+        Loader(opened, weights, load_tokenizer(), device=CPU, **rest)
+
+
 def test_several_datasets_are_one_list(emoji_copy):
     folders = [EMOJI / "train", emoji_copy]
     one = open_dataset(folders[0]).num_samples
