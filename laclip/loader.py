@@ -191,11 +191,7 @@ class Loader:
         asked = _now(self._device)
         while True:
             while len(self._in_flight) < self._depth:
-                try:
-                    batch = self._reader.next()
-                except RuntimeError as error:
-                    raise DataError(f"data.train: {error}") from None
-                self._feed(batch)
+                self._feed(self._read())
             try:
                 images = self._pipeline.take()
                 break
@@ -217,6 +213,13 @@ class Loader:
             ready=_now(self._device),
         )
 
+    def _read(self, index: int | None = None) -> _native.Batch:
+        """The next batch, or one again."""
+        try:
+            return self._reader.next() if index is None else self._reader.read(index)
+        except RuntimeError as error:
+            raise DataError(f"data.train: {error}") from None
+
     def _feed(self, batch: _native.Batch) -> None:
         batch = self._sound(batch)
         self._pipeline.feed(batch.images(), batch.windows, batch.mirrors)
@@ -227,14 +230,14 @@ class Loader:
         while batch.broken.any():
             reasons = {int(i): BROKEN[batch.broken[i]] for i in np.flatnonzero(batch.broken)}
             self._count_bad(batch, reasons)
-            batch = self._reader.read(batch.index)
+            batch = self._read(batch.index)
         return batch
 
     def _replace(self, error: DecodeError) -> None:
         """Substitutes for the images of the oldest batch that did not decode."""
         failed = self._in_flight.popleft()
         self._count_bad(failed, error.reasons)
-        batch = self._sound(self._reader.read(failed.index))
+        batch = self._sound(self._read(failed.index))
         encoded = batch.images()
         changed = np.flatnonzero(batch.samples != failed.samples).tolist()
         self._pipeline.replace({i: encoded[i] for i in changed}, batch.windows, batch.mirrors)

@@ -294,3 +294,18 @@ def test_a_shard_cut_short_while_it_is_read_ends_the_run(dataset):
     with pytest.raises(DataError, match=r"00000\.tar' ends inside sample \d+: it was cut short"):
         for _ in range(SAMPLES // BATCH):
             next(loader)
+
+
+def test_a_shard_cut_short_while_a_substitute_is_read_ends_the_run_alike(dataset, monkeypatch):
+    folder = dataset()
+    overwrite(folder, all_zeros)
+    mark_bad = Loader.mark_bad
+
+    def cut_first(loader, samples):
+        if samples:  # between the batch and its substitute
+            (folder / "00000.tar").open("r+b").truncate(2000)
+        mark_bad(loader, samples)
+
+    monkeypatch.setattr(Loader, "mark_bad", cut_first)
+    with pytest.raises(DataError, match=r"00000\.tar' ends inside sample \d+: it was cut short"):
+        batches(folder)
