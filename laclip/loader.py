@@ -22,6 +22,7 @@ from laclip.captions import PackedCaptions
 from laclip.config import DataConfig
 from laclip.dataset import Dataset
 from laclip.images import DecodeError, ImagePipeline
+from laclip.metrics import say
 from laclip.tokenizer import Tokenizer
 
 # csrc/image_header.hpp, BrokenReason
@@ -270,9 +271,13 @@ class Loader:
             )
 
     def _log_bad(self, record: dict) -> None:
+        line = json.dumps(record) + "\n"
         if self._bad_log is not None:
-            with self._bad_log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with self._bad_log.open("a") as file:
+                    file.write(line)
+            except OSError as error:  # a full disk ends no run
+                say(f"\nlaclip: '{self._bad_log}' could not be written: {error}; {line}", end="")
 
 
 def reader_options(

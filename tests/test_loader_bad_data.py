@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,6 +164,15 @@ def test_what_went_bad_since_indexing_costs_one_image(dataset, tmp_path, change,
         "sample": VICTIM,
         "reason": reason,
     }
+
+
+def test_a_full_disk_costs_the_line_about_a_bad_image_and_not_the_run(dataset, capsys):
+    folder = dataset()
+    overwrite(folder, all_zeros)
+    found = batches(folder, Path("/dev/full"))
+    assert sum(batch.substitutes for batch in found) == 1
+    told = capsys.readouterr().out
+    assert "No space left on device" in told and f'"key": "{VICTIM:05}"' in told
 
 
 def test_what_a_jpegs_markers_show_to_be_broken_is_what_pillow_refuses():
