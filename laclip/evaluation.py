@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from laclip.config import DataConfig, TaskConfig
 from laclip.dataset import Dataset, open_dataset
@@ -147,10 +146,10 @@ def evaluate(
 def image_to_text(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, float]:
     """Scores of images `[images, texts]` whose own texts are `text_of [images]`.
 
-    A text that ties with the right one counts against it.
+    A text that ties with the right one counts against it, and so does NaN.
     """
     own = similarity.gather(1, text_of[:, None])
-    better = (similarity >= own).sum(dim=1) - 1
+    better = (~(similarity < own)).sum(dim=1) - 1
     return {
         "top1": (better < 1).float().mean().item(),
         "top5": (better < 5).float().mean().item(),
@@ -161,11 +160,10 @@ def image_to_text(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, 
 
 def text_to_image(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, float]:
     """Scores of texts against `similarity [images, texts]`; a text's best own image counts."""
-    texts = similarity.shape[1]
-    own = F.one_hot(text_of, texts).bool()
+    own = text_of[:, None] == torch.arange(similarity.shape[1])
     asked = own.any(dim=0)
     best = similarity.masked_fill(~own, -torch.inf).max(dim=0).values
-    better = ((similarity >= best) & ~own).sum(dim=0)[asked]
+    better = (~(similarity < best) & ~own).sum(dim=0)[asked]
     return {
         "recall_at_1": (better < 1).float().mean().item(),
         "recall_at_5": (better < 5).float().mean().item(),
