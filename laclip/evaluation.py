@@ -119,7 +119,8 @@ def evaluate(
     kept = torch.ones(len(held_out.samples), dtype=torch.bool)
     kept[dropped] = False
     image_features = image_features[kept]
-    scores, examples = {}, []
+    scores: dict[str, float] = {}
+    examples: list[dict[str, Any]] = []
     if ranks.is_first:
         scores, examples = _judge(task, held_out, image_features, text_features, kept)
         scores["undecodable"] = len(dropped)
