@@ -48,6 +48,20 @@ def write_report(folder: Path) -> Path:
     return page
 
 
+def score_table(scores: dict[str, dict[str, float]]) -> str:
+    """The held-out scores as lines of text."""
+    lines = [f"  {'set':18}{'measure':26}{'score':>8}{'at 5':>8}{'chance':>9}{'n':>7}"]
+    for name, score in scores.items():
+        texts = "recall_at_1" in score
+        first, fifth = ("recall_at_1", "recall_at_5") if texts else ("top1", "top5")
+        measure = "text to image, recall" if texts else "image to text, top-1"
+        lines.append(
+            f"  {name:18}{measure:26}{score[first]:8.1%}{score[fifth]:8.1%}"
+            f"{score['chance']:9.2%}{score['n']:7}"
+        )
+    return "\n".join(lines)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
 

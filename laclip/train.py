@@ -37,8 +37,16 @@ from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
 from laclip.model import CLIP, build_model, compile_blocks, load_weights
 from laclip.optimizer import build_optimizer, learning_rate
-from laclip.parallel import JointError, Ranks, find_ranks, gather_objects, set_timeouts, start_sum
-from laclip.report import write_report
+from laclip.parallel import (
+    JointError,
+    Ranks,
+    find_ranks,
+    from_first,
+    gather_objects,
+    set_timeouts,
+    start_sum,
+)
+from laclip.report import score_table, write_report
 from laclip.run_folder import claim_folder, write_status
 from laclip.tokenizer import Tokenizer, load_tokenizer
 from laclip.train_step import LossScale, train_step
@@ -243,7 +251,7 @@ def run(
             f"for {config.train.epochs:g} epochs make no step. Give more of either"
         )
     step = saved_step = state["step"]
-    best = best_score(checkpoints)
+    best = from_first(best_score(checkpoints) if ranks.is_first else None)
     loss_scale = LossScale(config.train.precision, *([state["loss_scale"]] if found else []))
     if ranks.is_first:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -456,19 +464,6 @@ def finish(
         say(f"laclip: held-out scores ({duration(time.perf_counter() - begin)})")
         say(score_table(scores))
     say(f"laclip: weights, scores and report in '{folder}'; open {page}")
-
-
-def score_table(scores: dict[str, dict[str, float]]) -> str:
-    lines = [f"  {'set':18}{'measure':26}{'score':>8}{'at 5':>8}{'chance':>9}{'n':>7}"]
-    for name, score in scores.items():
-        texts = "recall_at_1" in score
-        first, fifth = ("recall_at_1", "recall_at_5") if texts else ("top1", "top5")
-        measure = "text to image, recall" if texts else "image to text, top-1"
-        lines.append(
-            f"  {name:18}{measure:26}{score[first]:8.1%}{score[fifth]:8.1%}"
-            f"{score['chance']:9.2%}{score['n']:7}"
-        )
-    return "\n".join(lines)
 
 
 def catch_signals() -> None:

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, TensorBoard, and what the report shows of them."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -77,6 +78,22 @@ def test_a_run_that_goes_on_drops_the_records_that_its_checkpoint_does_not_hold(
         writer.close()
     assert [r["step"] for r in read_metrics(tmp_path)] == list(range(6))
     assert [r["loss"] for r in read_metrics(tmp_path)] == [0, 0, 2, 2, 2, 2]
+
+
+def test_records_survive_a_disk_that_is_full_when_the_run_goes_on(tmp_path):
+    writer = open_writer(tmp_path)
+    for step in range(3):
+        writer.write(record(step))
+    writer.close()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            open_writer(tmp_path, next_step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def test_a_tracker_whose_package_is_missing_is_named(tmp_path, monkeypatch):

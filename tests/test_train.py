@@ -166,6 +166,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(straight, tmp_path):
     victim.write_bytes(content)
     _, output = run(arguments(folder))
     assert f"passing over the damaged checkpoint '{newest}': {victim.name}" in output
+    assert (newest.with_name(f"damaged_{newest.name}") / victim.name).read_bytes() == content
     assert "going on at step 4" in output
     assert losses(folder) == losses(straight)
 
