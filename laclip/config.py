@@ -41,7 +41,7 @@ class DataConfig:
     decode_threads: int = 2
     prefetch: int = 2  # batches read ahead, and again as many decoded ahead
     hardware_decoder_share: float = 0.75  # of the GPU's JPEG engine; CPU decoding ignores it
-    max_bad_fraction: float = 0.001  # of the samples read; clearly more stops the run
+    max_bad_fraction: float = 0.001  # of the samples read; clearly more stops the run, 0: any
     max_pixels: int = 100_000_000  # larger images count as bad and are never decoded
 
 

@@ -258,7 +258,7 @@ class Loader:
         # What the fraction makes likely and what chance adds to it: the first of many ranks that
         # meets two bad images early must not end a run whose data is better than was asked for.
         likely = self._max_bad_fraction * read
-        allowed = 2 + likely + 3 * likely**0.5
+        allowed = likely + 3 * likely**0.5 + (2 if likely else 0)
         if self._found_bad > allowed:
             listed = "\n".join(
                 f"  {' '.join(self._reader.name(sample))}: {reason}"

@@ -183,6 +183,12 @@ def test_two_bad_images_in_the_first_batch_may_be_chance(emoji_copy):
     assert next(unlucky).substitutes == 2 and sorted(unlucky.bad_samples) == sorted(victims)
 
 
+def test_where_no_bad_image_is_allowed_the_first_one_stops_the_run(emoji_copy):
+    damage(emoji_copy, next(loader()).samples[:1].tolist())
+    with pytest.raises(DataError, match=r"data\.max_bad_fraction: 1 of the first 64"):
+        next(loader(emoji_copy, DataConfig(max_bad_fraction=0.0)))
+
+
 def test_unreadable_data_is_a_data_error(emoji_copy):
     for tar in emoji_copy.glob("*.tar"):
         tar.write_bytes(tar.read_bytes()[:5000])
