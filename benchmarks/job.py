@@ -37,7 +37,9 @@ CONFIG = ROOT / "configs" / "demo_clip.toml"
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def open_clip_arguments(config: Config, folder: Path, epochs: int, samples: int) -> list[str]:
+def open_clip_arguments(
+    config: Config, folder: Path, epochs: int, seed: int, samples: int
+) -> list[str]:
     """open_clip_train's options for the same run, its model in a file of its own format."""
     vision, text = config.model.vision, config.model.text
     model = {
@@ -70,7 +72,7 @@ def open_clip_arguments(config: Config, folder: Path, epochs: int, samples: int)
         *("--eps", str(optimizer.eps), "--warmup", str(round(optimizer.warmup_epochs * steps))),
         *("--precision", config.train.precision, "--save-frequency", "8"),
         *("--aug-cfg", "scale=({}, {})".format(*config.data.crop_scale)),
-        *("--logs", str(folder), "--name", "run"),
+        *("--logs", str(folder), "--name", "run", "--seed", str(seed)),
     ]
 
 
@@ -127,6 +129,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out",
         type=lambda path: Path(path).absolute(),
@@ -145,11 +148,12 @@ def main() -> None:
     records = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        theirs = open_clip_arguments(config, folder, options.epochs, samples)
+        theirs = open_clip_arguments(config, folder, options.epochs, options.seed, samples)
         oracles = [sys.executable, str(ROOT / "requirements" / "oracles.py"), __file__]
         ours = [str(Path(sys.executable).with_name("deepspeed")), "laclip/train.py"]
         ours += ["--deepspeed_config", "configs/deepspeed/zero1.json", "--config", str(CONFIG)]
-        ours += ["--set", f"run.folder={folder / 'ours'}", f"train.epochs={options.epochs}"]
+        ours += ["--set", f"run.folder={folder / 'ours'}", f"run.seed={options.seed}"]
+        ours += [f"train.epochs={options.epochs}"]
         os.environ.setdefault("DS_ACCELERATOR", DEVICE.type)
         jobs = {
             "laclip": (ours, folder / "ours" / "model.pt"),
@@ -164,6 +168,7 @@ def main() -> None:
             found |= scores(to_laclip(state) if name == "open_clip" else state, config)
             rate, clock = options.epochs * samples / found["seconds"], found["seconds"] * 1e3
             shape = {"images": samples, "batch": batch, "epochs": options.epochs}
+            shape["seed"] = options.seed
             records.append(
                 harness.Record(
                     "whole job", name, shape, config.train.precision, clock, clock, clock, 1, rate,
