@@ -180,6 +180,7 @@ def backward_products(
             blocks.combine(
                 image_sum, coefficients[:, rows], text[:, rows], mean, factor, image_gradient[rows]
             )
+    del text_operand  # as large as the text gradient, which is made now
     text_gradient = None
     if text_sum is not None:
         mean = None
