@@ -43,7 +43,7 @@ class DataConfig:
     decode_threads: int = 2
     prefetch: int = 2  # batches read ahead, and again as many decoded ahead
     hardware_decoder_share: float = 0.75  # of the GPU's JPEG engine; CPU decoding ignores it
-    max_bad_fraction: float = 0.001  # of the samples read; more stops the run
+    max_bad_fraction: float = 0.001  # of the samples read; clearly more stops the run, 0: any
     max_pixels: int = 100_000_000  # larger images count as bad and are never decoded
 
 
@@ -238,8 +238,8 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
     """Read a run's configuration.
 
     path: a TOML file, or None for the defaults alone. overrides: `section.key=value`, the value
-    in TOML's syntax (a bare word is taken as a string). Raises FileNotFoundError for a missing
-    file and ValueError, naming the key, for anything else that is wrong.
+    in TOML's syntax (a bare word is taken as a string, in a list too). Raises FileNotFoundError for
+    a missing file and ValueError, naming the key, for anything else that is wrong.
     """
     tree: dict = {}
     if path is not None:
@@ -335,6 +335,8 @@ def _toml_value(text: str) -> typing.Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        if text.startswith("[") and text.endswith("]"):  # quotes taken by a shell on the way
+            return [_toml_value(item.strip()) for item in text[1:-1].split(",")]
         return text
 
 

@@ -66,10 +66,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", metavar="TOML", help="the run (default: configs/demo.toml)")
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="override a key of the configuration, e.g. --set optimizer.lr=5e-4; may be repeated",
+        help="override keys of the configuration, e.g. --set optimizer.lr=5e-4 train.steps=100",
     )
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder, under its own config"

@@ -23,6 +23,11 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
     assert load_config(path) == config
 
 
+def test_a_list_whose_quotes_a_remote_shell_took_is_read_all_the_same():
+    train = load_config(None, ["data.train=[/data/a, /data/b-2]"]).data.train
+    assert train == ("/data/a", "/data/b-2")
+
+
 def test_the_file_overrides_the_defaults_and_set_overrides_the_file(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("[optimizer]\nlr = 1\nweight_decay = 0.1\n")

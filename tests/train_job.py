@@ -39,9 +39,8 @@ def environment(gpus=4):
 
 def arguments(folder, *overrides, stage=1, extra=()):
     settings = [f"run.folder={folder}", *TINY, *overrides]
-    sets = [word for setting in settings for word in ("--set", setting)]
     json_file = f"configs/deepspeed/zero{stage}.json"
-    return ["laclip/train.py", "--deepspeed_config", json_file, *extra, *sets]
+    return ["laclip/train.py", "--deepspeed_config", json_file, *extra, "--set", *settings]
 
 
 def run(words, ranks=1, launcher=False, check=True):

@@ -205,6 +205,29 @@ def test_the_network_runs_under_the_image_tower(loss):
         ]
 
 
+def freed_worker(rank: int, loss: str) -> bool:
+    """Whether the gathered features are gone with the step, without a search for cycles."""
+    import gc
+    import weakref
+
+    from laclip.kernels import start_gather
+    from laclip.kernels.testing import PUBLIC
+
+    gc.disable()
+    gathered = start_gather(torch.randn(6, DIM, requires_grad=True), dist.group.WORLD)
+    watched = weakref.ref(gathered)
+    scalars = [torch.tensor(5.0), torch.tensor(-1.0)][: 1 if loss == "clip" else 2]
+    value = PUBLIC[loss](torch.randn(6, DIM), gathered, *scalars, implementation="chunked")
+    value.backward()
+    del gathered, value
+    return watched() is None
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_gathered_features_are_freed_with_the_step(loss):
+    assert run_ranks(1, freed_worker, loss) == [True]
+
+
 def disagreement_worker(rank: int) -> list[str]:
     """The messages of calls on which the ranks disagree, each in a group of its own."""
     from laclip.kernels import clip_loss, start_gather
