@@ -6,6 +6,8 @@ JSON, which may not repeat anything that stands here (laclip/train.py merges the
 
 import dataclasses
 import difflib
+import json
+import re
 import tomllib
 import types
 import typing
@@ -294,6 +296,7 @@ def dump_config(config: Config) -> str:
         if name and not isinstance(value, dict):
             lines.append("")
         for key, item in nested:
+            key = key if re.fullmatch(r"[\w-]+", key, re.ASCII) else _toml_text(key)
             section(item, f"{name}.{key}" if name else key)
 
     section(config, "")
@@ -343,8 +346,7 @@ def _toml_text(value: typing.Any) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False)  # the escapes are TOML's, too
     return "[" + ", ".join(_toml_text(item) for item in value) + "]"
 
 
@@ -422,6 +424,7 @@ def _check(config: Config, source: str) -> None:
             )
     for key in (
         "train.global_batch_size",
+        "train.max_skipped_steps",
         "data.window_shards",
         "data.reader_threads",
         "data.decode_threads",
@@ -444,6 +447,8 @@ def _check(config: Config, source: str) -> None:
             raise ValueError(f"{source}: {' and '.join(pair)}: must not be negative")
         if all(leaves[key] for key in pair):
             raise ValueError(f"{source}: {' and '.join(pair)}: give one of the two, found both")
+    if config.train.label_smoothing and config.train.loss != "clip":
+        raise ValueError(f"{source}: train.label_smoothing: only read with train.loss = 'clip'")
     low, high = config.data.crop_scale
     if not 0 < low <= high <= 1:
         raise ValueError(

@@ -114,7 +114,14 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     settings = engine_settings(deepspeed_json, config, ranks)
     if not config.data.train:
         raise ValueError("data.train: no dataset given. Set it to a dataset's folder, or several")
+    if ranks.device.type == "cpu" and config.model.attention != "sdpa":
+        raise ValueError(
+            f"model.attention: {config.model.attention} computes on a GPU alone, and this rank has "
+            'none. Set model.attention = "sdpa"'
+        )
     datasets = [open_dataset(path) for path in config.data.train]
+    for task in config.evaluation.tasks.values():  # a mistake there must not wait for the end
+        open_dataset(task.data).check_tokenizer(tokenizer.fingerprint)
     torch.manual_seed(config.run.seed)
     model = build_model(
         config.model, tokenizer.vocab_size, tokenizer.eot_token, config.train.loss == "siglip"
@@ -139,7 +146,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     with Watchdog(ranks, 60 * config.run.timeout_minutes, give_up, orphaned) as watchdog:
         try:
             stopped = run(config, settings, ranks, model, tokenizer, datasets, watchdog)
-        except (JointError, DataError) as error:
+        except Exception as error:
             if ranks.is_first:
                 step = newest_step(folder / "checkpoints")
                 write_status(folder, "resumable", step, str(error))
@@ -317,7 +324,7 @@ def run(
         scores: dict[str, dict[str, float]] = {}
         every = config.evaluation.every_steps
         last = step + 1 == total_steps
-        if every and (step + 1) % every == 0 and not last:
+        if every and (step + 1) % every == 0 and not last and not stopped:
             scores, _ = score_tasks(engine, config, tokenizer, ranks, watchdog)
         if ranks.is_first and (step % config.log.every_steps == 0 or last or scores):
             loss, logit_scale = result.numbers()

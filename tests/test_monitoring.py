@@ -10,7 +10,7 @@ import pytest
 from train_job import arguments, metrics, run
 
 from laclip.metrics import MetricsWriter, read_metrics, variant_shares
-from laclip.report import render_report
+from laclip.report import _smooth, render_report
 
 # Prints the history that an offline run's file holds, a JSON object a step. The file is a LevelDB
 # log behind 7 bytes: blocks of 32 KiB, records of 4 bytes checksum, 2 length, 1 type, and their
@@ -125,6 +125,21 @@ def test_two_ranks_write_one_console_and_hand_every_number_to_weights_and_biases
     rows = [json.loads(line) for line in found]
     ours = [{key: value for key, value in row.items() if key[0] != "_"} for row in rows]
     assert ours == expected
+
+
+def test_a_run_of_which_few_steps_were_logged_counts_the_time_of_all(tmp_path):
+    (tmp_path / "config.toml").write_text("[train]\nglobal_batch_size = 1000\n")
+    lines = [json.dumps(record(step)) for step in range(0, 360, 10)]  # 10 s each
+    lines.append(json.dumps(record(359)))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "360 steps of 1000" in (page := render_report(tmp_path))
+    assert "trained for 1:00:00" in page
+
+
+def test_curves_are_smoothed_over_a_twentieth_of_the_run_without_skipped_steps():
+    assert _smooth([1.0, 2.0, 6.0, 8.0]).tolist() == pytest.approx([1.5, 3, 16 / 3, 7])
+    assert _smooth([1.0, float("nan"), 6.0]).tolist() == pytest.approx([1, 3.5, 6])
+    assert _smooth(np.arange(400_000.0))[200_000] == 200_000
 
 
 def test_the_report_draws_the_share_of_the_peak_where_it_is_known(tmp_path):

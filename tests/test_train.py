@@ -250,6 +250,8 @@ BAD_INPUT = {
     "no dataset": (["data.train=[]"], "data.train: no dataset given"),
     "micro batch": (["train.micro_batch_size=5"], "5 does not divide the 32 samples"),
     "patch size": (["model.vision.patch_size=7"], "model.vision.image_size"),
+    "missing task": (["evaluation.tasks={v={data='no/where'}}"], "no/where"),
+    "attention": (["model.attention=xformers"], "xformers computes on a GPU alone"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),
     "no steps": (["train.steps=0"], "make no step"),
 }
@@ -262,6 +264,7 @@ def test_mistakes_end_with_code_2_and_a_message(name, tmp_path):
     assert code == 2
     assert re.search(r"^laclip: ", output, re.MULTILINE)
     assert message in output and "Traceback" not in output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # before any training
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,14 @@ def test_steps_that_are_not_finite_are_logged_and_end_the_run(tmp_path):
     assert status(folder)["state"] == "resumable"
 
 
+def test_a_run_of_one_rank_that_fails_says_so_in_its_status(tmp_path):
+    weights = ["data.captions=weights", "data.weights=[1.0]"]
+    code, output = run(arguments(tmp_path / "run", *weights), check=False)
+    assert code == 2 and "needs one weight for each" in output
+    found = status(tmp_path / "run")
+    assert found["state"] == "resumable" and "needs one weight for each" in found["reason"]
+
+
 WATCHED = """
 import os, signal, sys, time
 import torch.distributed as dist
