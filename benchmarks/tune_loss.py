@@ -22,7 +22,7 @@ EDGE_256, EDGE_128 = Tile(64, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3)
 CANDIDATES = {
     "clip": {
         "table": {},
-        "sweep 128x256 4 stages": {"sweep": Tile(128, 256, 64, 8, 4)},
+        "sweep 128x256 4 stages": {"sweep": Tile(128, 256, 64, 8, 4), "sweep_edge": EDGE_256},
         "sweep 256x128": {"sweep": Tile(256, 128, 64, 8, 3), "sweep_edge": EDGE_128},
         "sweep 256x128 4 stages": {"sweep": Tile(256, 128, 64, 8, 4), "sweep_edge": EDGE_128},
         "sweep 128x128": {"sweep": Tile(128, 128, 64, 8, 3), "sweep_edge": EDGE_128},

@@ -54,7 +54,8 @@ class GatheredFeatures:
         )
         self._own = own  # held until the gather is done
         self._pending: list[tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.local = _AwaitGradient.apply(features, self)
+        # Its node must not hold this object: it would hold itself, until Python looks for cycles.
+        self.local = _AwaitGradient.apply(features, self._pending)
 
     def wait(self) -> torch.Tensor:
         """All ranks' features: `[world_size * batch, dim]`, or that with the variants first."""
@@ -87,17 +88,17 @@ class _AwaitGradient(torch.autograd.Function):
     """The identity, whose gradient is what the losses sent through start_reduce_scatter."""
 
     @staticmethod
-    def forward(ctx, features, gathered):
-        ctx.gathered = gathered
+    def forward(ctx, features, pending):
+        ctx.pending = pending
         return features.view_as(features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        for work, _source, target, factor in ctx.gathered._pending:
+        for work, _source, target, factor in ctx.pending:
             work.wait()
             gradient = gradient + (target.view(gradient.shape) * factor).to(gradient.dtype)
-        ctx.gathered._pending.clear()
+        ctx.pending.clear()
         return gradient, None
 
 
@@ -139,6 +140,26 @@ def resolve(
     check_ranks_agree("image_features", image_features, group)
     gathered = start_gather(text_features, group)
     return gathered.local, gathered
+
+
+def average(gradient: torch.Tensor, group: Any) -> torch.Tensor:
+    """The mean over the ranks, of a number: what stops the scale at its bound asks for its sign."""
+    dist.all_reduce(gradient, group=group)
+    return gradient / dist.get_world_size(group)
+
+
+class AverageGradient(torch.autograd.Function):
+    """The identity, whose gradient is the mean over the ranks."""
+
+    @staticmethod
+    def forward(ctx, scalar, group):
+        ctx.group = group
+        return scalar.view_as(scalar)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return average(gradient.clone(), ctx.group), None
 
 
 class GatherWithGradient(torch.autograd.Function):

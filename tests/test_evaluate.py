@@ -295,6 +295,8 @@ def test_templates_and_models_that_cannot_be_used_are_refused(fresh, folders, tm
     assert "holds no config.toml, expected the folder of a finished run" in told(tmp_path)
     assert "--out: there is no folder" in told(fresh, "--out", tmp_path / "no" / "scores.json")
     assert "is a folder, expected a file's name" in told(fresh, "--out", tmp_path)
+    if not torch.cuda.is_available():
+        assert "Add --set model.attention=sdpa" in told(fresh, "--set", "model.attention=xformers")
     assert "model.embed_dim" in told(fresh, "--set", "model.embed_dimm=3")
 
 

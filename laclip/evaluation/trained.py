@@ -39,6 +39,12 @@ class TrainedModel:
         self.tokenizer = load_tokenizer(self.config.data.tokenizer)
         gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         self.ranks = Ranks(0, 1, 0, torch.device("cuda", 0) if gpu else torch.device("cpu"))
+        attention = self.config.model.attention
+        if not gpu and attention != "sdpa":
+            raise ValueError(
+                f"model.attention: {attention} computes on a GPU alone, and there is none. Add "
+                "--set model.attention=sdpa"
+            )
         model = build_model(
             self.config.model,
             self.tokenizer.vocab_size,

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -33,6 +35,24 @@ def test_the_loss_benchmark_writes_whole_records_and_a_table(tmp_path):
     assert table.count("laclip chunked: both") == 2
     run(str(BENCHMARKS / "loss.py"), "--out", str(out), "--plot", str(tmp_path / "loss.png"))
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_every_tile_to_be_tuned_gives_the_same_gradients(monkeypatch, device):
+    from laclip.kernels import clip_loss, launch_table
+    from laclip.kernels.testing import gradients, inputs
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from tune_loss import CANDIDATES
+
+    tensors = inputs("clip", "random", 200, 64, torch.bfloat16, device, 20.0)
+    expected = gradients(clip_loss, tensors, implementation="triton")
+    for name, tiles in CANDIDATES["clip"].items():
+        with monkeypatch.context() as patch:
+            for table in ("HOPPER", "HOPPER_SMALL"):
+                patch.setattr(launch_table, table, getattr(launch_table, table) | tiles)
+            found = gradients(clip_loss, tensors, implementation="triton")
+        for mine, other in zip(found, expected):
+            torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-6, msg=name)
 
 
 def test_a_case_that_raises_is_recorded_and_the_others_go_on():

@@ -98,6 +98,7 @@ def equality_worker(rank: int) -> list[tuple[str, float]]:
         dist.all_reduce(shared)
         pairs = [
             (shared / world_size, torch.stack([expected, *(leaf.grad for leaf in whole[2:])])),
+            (mine[2].grad, whole[2].grad),  # the same on every rank
             (mine[0].grad / world_size, whole[0].grad[own]),
             (mine[1].grad / world_size, whole[1].grad[..., own, :]),
         ]
@@ -203,6 +204,29 @@ def test_the_network_runs_under_the_image_tower(loss):
             "scatter awaited",
             "text backward",
         ]
+
+
+def freed_worker(rank: int, loss: str) -> bool:
+    """Whether the gathered features are gone with the step, without a search for cycles."""
+    import gc
+    import weakref
+
+    from laclip.kernels import start_gather
+    from laclip.kernels.testing import PUBLIC
+
+    gc.disable()
+    gathered = start_gather(torch.randn(6, DIM, requires_grad=True), dist.group.WORLD)
+    watched = weakref.ref(gathered)
+    scalars = [torch.tensor(5.0), torch.tensor(-1.0)][: 1 if loss == "clip" else 2]
+    value = PUBLIC[loss](torch.randn(6, DIM), gathered, *scalars, implementation="chunked")
+    value.backward()
+    del gathered, value
+    return watched() is None
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_gathered_features_are_freed_with_the_step(loss):
+    assert run_ranks(1, freed_worker, loss) == [True]
 
 
 def disagreement_worker(rank: int) -> list[str]:
