@@ -1,12 +1,14 @@
 """laclip evaluate MODEL retrieval, and the scores of held-out tasks that share its ways."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from scored_model import EMOJI, evaluate, refuse, write_tar
 
 from laclip.config import TaskConfig
+from laclip.dataset import open_dataset
 from laclip.evaluation.data import open_captioned
 from laclip.evaluation.held_out import evaluate as evaluate_task
 from laclip.evaluation.trained import TrainedModel
@@ -93,6 +95,28 @@ def test_broken_images_go_with_their_texts(trained, drawings, captioned, emoji_c
     assert list(scores["undecodable_images"]) == ["2.tar/broken"]
     for key in ("texts", "n", "image_to_text", "text_to_image"):
         assert scores[key] == expected[key]
+
+
+def test_a_dataset_image_that_does_not_decode_is_left_out_of_both(trained, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(EMOJI / "unseen_vendor", folder)
+    table = open_dataset(folder).samples(0)
+    record = table.records[7]
+    with (folder / "00000.tar").open("r+b") as tar:
+        tar.seek(int(record["offset"]))
+        tar.write(bytes(int(record["bytes"])))
+    scores = evaluate(trained, "retrieval", folder)
+    assert list(scores["undecodable_images"]) == [f"00000.tar/{table.key(7)}"]
+    assert scores["n"] == scores["texts"] == 399
+    model = TrainedModel(trained)
+    found, examples = evaluate_task(
+        TaskConfig(str(folder), "text_to_image"), model.model.encode_image,
+        model.model.encode_text, model.tokenizer, model.config.data, image_size=48,
+        context_length=16, batch_size=100, ranks=model.ranks,
+    )  # fmt: skip
+    assert (found["n"], found["undecodable"], len(examples)) == (399, 1, 12)
+    expected = scores["text_to_image"]["recall_at_1"]
+    assert found["recall_at_1"] == pytest.approx(expected)
 
 
 def test_what_holds_no_captions_is_refused(trained, emoji_copy, tmp_path, capsys):
