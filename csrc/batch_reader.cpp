@@ -10,6 +10,7 @@ namespace {
 
 constexpr std::size_t kPartSamples = 16;   // images that one worker reads at a time
 constexpr std::size_t kBlockSamples = 64;  // planned together while their memory is fetched
+constexpr std::size_t kNextShards = 16;    // asked for a substitute when a shard has none
 
 std::vector<std::uint64_t> counts_of(const std::vector<ShardFiles>& shards) {
   std::vector<std::uint64_t> counts;
@@ -307,12 +308,13 @@ void BatchReader::plan(Slot& slot) {
 // All that is decided about a sample but the tokens of its caption.
 void BatchReader::draw_sample(Slot& slot, std::size_t i, const std::set<std::uint64_t>& bad) {
   Batch& batch = *slot.batch;
-  const Shard& shard = *slot.shard[i];
   SamplePlace& place = slot.place[i];
-  if (is_bad(shard, place, bad)) {
+  if (is_bad(*slot.shard[i], place, bad)) {
     place = substitute(slot, options_.rank * batch.size + i, bad);
+    slot.shard[i] = &slot.open(cache_, place.shard);
     ++batch.substitutes;
   }
+  const Shard& shard = *slot.shard[i];
   const SampleRecord& record = shard.record(place.index);
   const std::uint64_t sample = first_sample_[place.shard] + place.index;
   const std::uint64_t epoch = batch.epoch[i];
@@ -334,13 +336,15 @@ bool BatchReader::is_bad(const Shard& shard, SamplePlace place,
                          const std::set<std::uint64_t>& bad) const {
   const SampleRecord& record = shard.record(place.index);
   const std::uint64_t pixels = static_cast<std::uint64_t>(record.width) * record.height;
+  // A blank original, as img2dataset writes it where there was none, is no caption.
   return (record.flags & kBad) != 0 || pixels > options_.max_pixels ||
+         (shard.caption_entry(place.index, 0) & kCaptionMissing) != 0 ||
          (!bad.empty() && bad.contains(first_sample_[place.shard] + place.index));
 }
 
-// Another sample of the same shard that stands nowhere else in the same global batch, for the bad
-// one at `position` of that batch. The bad samples of the shard in this batch are served in the
-// order of their positions, so that no two get the same one, whichever rank asks.
+// Another sample of the same shard that stands nowhere else in the same global batch, if there is
+// one, for the bad one at `position` of that batch. The bad samples of the shard in this batch are
+// served in the order of their positions, so that no two get the same one, whichever rank asks.
 SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
                                     const std::set<std::uint64_t>& bad) {
   const std::uint64_t first = slot.batch->index * options_.global_batch_size;
@@ -368,15 +372,31 @@ SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
       found.index = static_cast<std::uint32_t>(order(i));
       done = !taken.contains(found.index) && !is_bad(shard, found, bad);
     }
-    if (!done) {
-      throw std::runtime_error(
-          "'" + cache_.files(found.shard).tar + "' sample " + std::string(shard.key(index)) +
-          " is bad or above data.max_pixels, and every other sample of the shard is bad too or "
-          "stands in the same batch: use a smaller batch or larger shards, or remove the shard");
-    }
+    if (!done) return any_good(slot.global[position], (first + position) / samples(), bad);
     taken.insert(found.index);
   }
   return found;
+}
+
+// A good sample of the bad one's shard or, where it has none, of the next shards in the list, even
+// if it stands in the same batch: what is left where the batch holds a whole shard.
+SamplePlace BatchReader::any_good(SamplePlace place, std::uint64_t epoch,
+                                  const std::set<std::uint64_t>& bad) {
+  const std::uint64_t sample = first_sample_[place.shard] + place.index;
+  const PhiloxBlock key = draw(options_.seed, Stream::kSubstitute, sample, epoch, 0);
+  for (std::size_t step = 0; step < std::min(counts_.size(), kNextShards); ++step) {
+    SamplePlace found{static_cast<std::uint32_t>((place.shard + step) % counts_.size()), 0};
+    const auto shard = cache_.open(found.shard);
+    const KeyedBijection order(counts_[found.shard], key[0], key[1]);
+    for (std::uint64_t i = 0; i < counts_[found.shard]; ++i) {
+      found.index = static_cast<std::uint32_t>(order(i));
+      if (!is_bad(*shard, found, bad)) return found;
+    }
+  }
+  throw std::runtime_error("'" + cache_.files(place.shard).tar + "' sample " +
+                           std::string(cache_.open(place.shard)->key(place.index)) +
+                           " is bad or above data.max_pixels, and every other sample of the shard "
+                           "is bad too, and of the next shards: remove them");
 }
 
 // Start of text, the caption cut to fit, end of text. A text may hold an end of text of its own: a

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from laclip.kernels import chunked, reference
-from laclip.kernels.gather import GatheredFeatures, resolve
+from laclip.kernels.gather import AverageGradient, GatheredFeatures, average, resolve
 from laclip.kernels.inputs import (
     check_features,
     check_options,
@@ -181,6 +181,10 @@ def backward_products(
                 image_sum, coefficients[:, rows], text[:, rows], mean, factor, image_gradient[rows]
             )
     del text_operand  # as large as the text gradient, which is made now
+    scale_gradient = (share * scale_sum).float() if need_scale else None
+    if scale_gradient is not None and gathered is not None:
+        # Before the text's part is on its way: it would have to wait for that.
+        scale_gradient = average(scale_gradient, gathered.group)
     text_gradient = None
     if text_sum is not None:
         mean = None
@@ -205,7 +209,6 @@ def backward_products(
                 text_sum if gathered.local.dim() == 3 else text_sum[0], factor
             )
             text_gradient = text.new_zeros(()).expand(text.shape)
-    scale_gradient = (share * scale_sum).float() if need_scale else None
     return image_gradient, text_gradient, scale_gradient
 
 
@@ -280,7 +283,8 @@ def clip_loss(
         accuracy stated in PERFORMANCE.md.
     group: None for one process; else the ranks that share the batch, each with the same count of
         rows. Then the loss is the mean over this rank's rows and columns, and the mean over ranks
-        of the losses and of the gradients (as data parallelism forms it) is the global batch's.
+        of the losses and of the gradients (as data parallelism forms it) is the global batch's;
+        logit_scale's gradient is that mean already, the same on every rank.
         The incoming gradient must be the same on all ranks.
     label_smoothing: 0 to 1, as in torch.nn.functional.cross_entropy, for rows and columns.
     chunk_rows: the backward holds a block of chunk_rows x B gradients, fp32 for fp32 features and
@@ -301,6 +305,8 @@ def clip_loss(
     implementation = choose_implementation(implementation, image_features)
     if implementation == "reference":
         group = None if gathered is None else gathered.group
+        if gathered is not None:
+            logit_scale = AverageGradient.apply(logit_scale, group)
         with full_precision(image_features):
             return reference.clip_loss(
                 image_features, text, logit_scale, group=group, label_smoothing=label_smoothing

@@ -142,6 +142,26 @@ def resolve(
     return gathered.local, gathered
 
 
+def average(gradient: torch.Tensor, group: Any) -> torch.Tensor:
+    """The mean over the ranks, of a number: what stops the scale at its bound asks for its sign."""
+    dist.all_reduce(gradient, group=group)
+    return gradient / dist.get_world_size(group)
+
+
+class AverageGradient(torch.autograd.Function):
+    """The identity, whose gradient is the mean over the ranks."""
+
+    @staticmethod
+    def forward(ctx, scalar, group):
+        ctx.group = group
+        return scalar.view_as(scalar)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return average(gradient.clone(), ctx.group), None
+
+
 class GatherWithGradient(torch.autograd.Function):
     """The slow twin: a blocking all-gather along the batch, whose backward is an all-reduce."""
 

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from laclip.kernels import chunked, reference
 from laclip.kernels.clip_loss import Problem, block_source
-from laclip.kernels.gather import GatheredFeatures, resolve
+from laclip.kernels.gather import AverageGradient, GatheredFeatures, average, resolve
 from laclip.kernels.inputs import (
     check_features,
     check_options,
@@ -72,6 +72,8 @@ def one_pass(
             own = text_sum[v, first : first + batch]
             blocks.combine(own, coefficients[v : v + 1], image[None], None, text_factor, own)
     scale_gradient, loss, bias_gradient = totals * share
+    if needed[2] and problem.gathered is not None:
+        scale_gradient = average(scale_gradient, problem.gathered.group)
     loss = (loss + 0 * loss).float()  # infinity becomes NaN
     return loss, [image_sum, text_sum, scale_gradient.float(), bias_gradient.float()], factor
 
@@ -157,6 +159,8 @@ def siglip_loss(
     implementation = choose_implementation(implementation, image_features)
     if implementation == "reference":
         group = None if gathered is None else gathered.group
+        if gathered is not None:
+            logit_scale = AverageGradient.apply(logit_scale, group)
         with full_precision(image_features):
             return reference.siglip_loss(image_features, text, logit_scale, logit_bias, group=group)
     return _SiglipLoss.apply(

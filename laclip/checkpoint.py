@@ -138,13 +138,12 @@ def newest_step(folder: Path) -> int | None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete what an interrupted write left, and all but the newest `keep` and the best."""
+    """Delete what an interrupted write left, and all but the newest `keep` and the first best."""
     for path in folder.glob(f"step_*{_TEMPORARY}"):
         shutil.rmtree(path, ignore_errors=True)
-    best = best_score(folder)
-    for path in list_checkpoints(folder)[:-keep]:
-        if read_state(path)["score"] == best:
-            continue
+    paths, best = list_checkpoints(folder), best_score(folder)
+    kept = {*paths[-keep:], *[path for path in paths if read_state(path)["score"] == best][:1]}
+    for path in (path for path in paths if path not in kept):
         # Renamed first: a deletion that is interrupted leaves no half checkpoint.
         doomed = path.with_name(path.name + _TEMPORARY)
         path.rename(doomed)
@@ -152,13 +151,22 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def newest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
-    """The newest undamaged checkpoint and its state; damaged ones are named and passed over."""
+    """The newest undamaged checkpoint and its state; damaged ones are named and set aside.
+
+    Under another name they take no newer checkpoint's place among those that are kept.
+    """
     for path in reversed(from_first(list_checkpoints(folder))):
         problems = [text for texts in gather_objects(_damage(path, ranks)) for text in texts]
         if not problems:
             return path, read_state(path)
         if ranks.is_first:
-            print(f"laclip: passing over the damaged checkpoint '{path}': {'; '.join(problems)}")
+            aside = path.with_name(f"damaged_{path.name}")
+            print(
+                f"laclip: passing over the damaged checkpoint '{path}': {'; '.join(problems)}. "
+                f"It is kept as '{aside}'"
+            )
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     return None
 
 

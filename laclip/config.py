@@ -6,6 +6,8 @@ JSON, which may not repeat anything that stands here (laclip/train.py merges the
 
 import dataclasses
 import difflib
+import json
+import re
 import tomllib
 import types
 import typing
@@ -41,7 +43,7 @@ class DataConfig:
     decode_threads: int = 2
     prefetch: int = 2  # batches read ahead, and again as many decoded ahead
     hardware_decoder_share: float = 0.75  # of the GPU's JPEG engine; CPU decoding ignores it
-    max_bad_fraction: float = 0.001  # of the samples read; more stops the run
+    max_bad_fraction: float = 0.001  # of the samples read; clearly more stops the run, 0: any
     max_pixels: int = 100_000_000  # larger images count as bad and are never decoded
 
 
@@ -236,8 +238,8 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
     """Read a run's configuration.
 
     path: a TOML file, or None for the defaults alone. overrides: `section.key=value`, the value
-    in TOML's syntax (a bare word is taken as a string). Raises FileNotFoundError for a missing
-    file and ValueError, naming the key, for anything else that is wrong.
+    in TOML's syntax (a bare word is taken as a string, in a list too). Raises FileNotFoundError for
+    a missing file and ValueError, naming the key, for anything else that is wrong.
     """
     tree: dict = {}
     if path is not None:
@@ -294,6 +296,7 @@ def dump_config(config: Config) -> str:
         if name and not isinstance(value, dict):
             lines.append("")
         for key, item in nested:
+            key = key if re.fullmatch(r"[\w-]+", key, re.ASCII) else _toml_text(key)
             section(item, f"{name}.{key}" if name else key)
 
     section(config, "")
@@ -332,6 +335,8 @@ def _toml_value(text: str) -> typing.Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        if text.startswith("[") and text.endswith("]"):  # quotes taken by a shell on the way
+            return [_toml_value(item.strip()) for item in text[1:-1].split(",")]
         return text
 
 
@@ -341,8 +346,7 @@ def _toml_text(value: typing.Any) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False)  # the escapes are TOML's, too
     return "[" + ", ".join(_toml_text(item) for item in value) + "]"
 
 
@@ -420,6 +424,7 @@ def _check(config: Config, source: str) -> None:
             )
     for key in (
         "train.global_batch_size",
+        "train.max_skipped_steps",
         "data.window_shards",
         "data.reader_threads",
         "data.decode_threads",
@@ -442,6 +447,8 @@ def _check(config: Config, source: str) -> None:
             raise ValueError(f"{source}: {' and '.join(pair)}: must not be negative")
         if all(leaves[key] for key in pair):
             raise ValueError(f"{source}: {' and '.join(pair)}: give one of the two, found both")
+    if config.train.label_smoothing and config.train.loss != "clip":
+        raise ValueError(f"{source}: train.label_smoothing: only read with train.loss = 'clip'")
     low, high = config.data.crop_scale
     if not 0 < low <= high <= 1:
         raise ValueError(

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from laclip.config import DataConfig, TaskConfig
 from laclip.dataset import Dataset, open_dataset
 from laclip.images import DecodeError, ImagePipeline
-from laclip.parallel import Ranks, gather_objects, gather_rows
+from laclip.parallel import Ranks, from_first, gather_objects, gather_rows
 from laclip.tokenizer import Tokenizer
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # inputs -> unit-length features [batch, dim]
@@ -78,11 +77,11 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Score a task on all ranks together.
 
-    Returns (scores, examples). image_to_text: `top1` and `top5` over images, the candidates being
-    the set's distinct captions. text_to_image: `recall_at_1` and `recall_at_5` over distinct
-    captions, a hit being any image with that caption. Both: `chance` of the first, `n` items,
-    `undecodable` images left out. examples: at most 12 evenly spaced images with the five captions
-    nearest to each, the encoded image in base64.
+    Returns (scores, examples), the examples on the first rank alone. image_to_text: `top1` and
+    `top5` over images, the candidates being the set's distinct captions. text_to_image:
+    `recall_at_1` and `recall_at_5` over distinct captions, a hit being any image with that caption.
+    Both: `chance` of the first, `n` items, `undecodable` images left out. examples: at most 12
+    evenly spaced images with the five captions nearest to each, the encoded image in base64.
     """
     held_out = HeldOutSet(open_dataset(task.data), tokenizer, context_length)
     pipeline = ImagePipeline(
@@ -119,13 +118,30 @@ def evaluate(
     dropped = sorted({number for part in gather_objects(undecodable) for number in part})
     kept = torch.ones(len(held_out.samples), dtype=torch.bool)
     kept[dropped] = False
-    image_features, text_of = image_features[kept], held_out.text_of[kept]
+    image_features = image_features[kept]
+    scores: dict[str, float] = {}
+    examples: list[dict[str, Any]] = []
+    if ranks.is_first:
+        scores, examples = _judge(task, held_out, image_features, text_features, kept)
+        scores["undecodable"] = len(dropped)
+    # One rank's, as all act on them: two kinds of CPU can break a tie in two ways.
+    return from_first(scores), examples
+
+
+def _judge(
+    task: TaskConfig,
+    held_out: HeldOutSet,
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    kept: torch.Tensor,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Scores and examples; kept: `[images]`, which of the set's have features."""
+    text_of = held_out.text_of[kept]
     similarity = image_features @ text_features.T
     if task.direction == "image_to_text":
         scores = image_to_text(similarity, text_of)
     else:
         scores = text_to_image(similarity, text_of)
-    scores["undecodable"] = len(dropped)
     numbers = torch.arange(len(kept))[kept]
     examples = []
     for row in torch.linspace(0, len(numbers) - 1, min(12, len(numbers))).long().tolist():
@@ -147,10 +163,10 @@ def evaluate(
 def image_to_text(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, float]:
     """Scores of images `[images, texts]` whose own texts are `text_of [images]`.
 
-    A text that ties with the right one counts against it.
+    A text that ties with the right one counts against it, and so does NaN.
     """
     own = similarity.gather(1, text_of[:, None])
-    better = (similarity >= own).sum(dim=1) - 1
+    better = (~(similarity < own)).sum(dim=1) - 1
     return {
         "top1": (better < 1).float().mean().item(),
         "top5": (better < 5).float().mean().item(),
@@ -161,11 +177,10 @@ def image_to_text(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, 
 
 def text_to_image(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, float]:
     """Scores of texts against `similarity [images, texts]`; a text's best own image counts."""
-    texts = similarity.shape[1]
-    own = F.one_hot(text_of, texts).bool()
+    own = text_of[:, None] == torch.arange(similarity.shape[1])
     asked = own.any(dim=0)
     best = similarity.masked_fill(~own, -torch.inf).max(dim=0).values
-    better = ((similarity >= best) & ~own).sum(dim=0)[asked]
+    better = (~(similarity < best) & ~own).sum(dim=0)[asked]
     return {
         "recall_at_1": (better < 1).float().mean().item(),
         "recall_at_5": (better < 5).float().mean().item(),

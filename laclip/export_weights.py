@@ -27,11 +27,17 @@ def run(args: argparse.Namespace) -> int:
     converted = from_laclip(read_checkpoint(args.run_folder / "model.pt"), args.format)
     out = args.out
     if args.format == "hugging_face":
+        if config.model.text.pool != "eot":
+            raise ValueError(
+                "hugging_face: CLIPModel reads a caption at its first end-of-text token, this "
+                'model at the last place (model.text.pool = "last"). Export to open_clip'
+            )
         tokenizer = load_tokenizer(config.data.tokenizer)
         out.mkdir(parents=True, exist_ok=True)
         settings = hugging_face_config(config.model, tokenizer.vocab_size, tokenizer.eot_token)
         (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         out = out / "pytorch_model.bin"
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".partial")
     torch.save(converted, temporary)
     temporary.rename(out)

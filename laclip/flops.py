@@ -1,6 +1,7 @@
 """The arithmetic of a training step, and which share of the GPU's peak it is (MFU)."""
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     from laclip.captions import PackedCaptions
     from laclip.config import ModelConfig
 
-# Dense bf16 FLOP/s by a part of the device's name, from the data sheets; the first match counts.
+# Dense bf16 FLOP/s by words of the device's name, from the data sheets; the first match counts.
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -63,7 +64,10 @@ def training_flops(
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU, by torch.cuda.get_device_name(); None where it is not known."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+    if "MIG" in device_name:  # a part of a GPU
+        return None
+    found = (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name))
+    return next(found, None)
 
 
 def utilization(

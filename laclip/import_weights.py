@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     state = read_checkpoint(args.file)
     converted = to_laclip(state)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_name(args.out.name + ".partial")
     torch.save(converted, temporary)
     temporary.rename(args.out)

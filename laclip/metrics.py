@@ -1,5 +1,6 @@
 """What a run reports while it goes: metrics.jsonl, TensorBoard, Weights & Biases, the console."""
 
+import contextlib
 import errno
 import json
 import os
@@ -32,14 +33,17 @@ class MetricsWriter:
         kept = [record for record in read_metrics(folder) if record["step"] < next_step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         if not self.path.exists() or self.path.read_text() != text:
-            self.path.write_text(text)
+            temporary = self.path.with_suffix(".partial")  # a full disk must not cost the old ones
+            temporary.write_text(text)
+            temporary.rename(self.path)
         self._file = self.path.open("ab", buffering=0)
-        self._tensorboard = None
+        self._tensorboard: Any = None
+        self._events = str(folder / "tensorboard") if tensorboard else ""
         self._wandb = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=next_step)
+            self._tensorboard = SummaryWriter(self._events, purge_step=next_step)
         if wandb_project:
             try:
                 import wandb
@@ -63,10 +67,12 @@ class MetricsWriter:
         """record: `step` and numbers, or flat dictionaries of numbers."""
         line = json.dumps(record).encode() + b"\n"
         begin = self._file.seek(0, os.SEEK_END)
+        written = True
         try:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
+            written = False
             self._file.truncate(begin)
             say(f"\nlaclip: the metrics of step {record['step']} are lost: {error}")
         numbers: dict[str, Any] = {}
@@ -75,16 +81,27 @@ class MetricsWriter:
                 numbers |= {f"{name}/{key}": item for key, item in value.items()}
             elif name != "step":
                 numbers[f"train/{name}"] = value
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
+        if self._events and written:  # on a full disk its thread would end with a traceback
+            self._to_tensorboard(numbers, record["step"])
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
+
+    def _to_tensorboard(self, numbers: dict[str, Any], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self._tensorboard = self._tensorboard or SummaryWriter(self._events)
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            self._tensorboard = None  # its thread has ended: the next record begins a new file
+            say(f"\nlaclip: TensorBoard's events up to step {step} are lost: {error}")
 
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # a full disk: metrics.jsonl has said so
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -33,6 +33,11 @@ class Ranks:
 def find_ranks() -> Ranks:
     """Read the launcher's variables; a process started without a launcher is a job of one."""
     if "RANK" not in os.environ:
+        if "MASTER_ADDR" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            raise SystemExit(
+                "laclip: srun started several tasks, which need MASTER_ADDR and MASTER_PORT to "
+                "meet: docs/multi-node.md has a script that sets them"
+            )
         if "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:  # srun, one task a rank
             os.environ["RANK"] = os.environ["SLURM_PROCID"]
             os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
@@ -46,9 +51,8 @@ def find_ranks() -> Ranks:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if "OMP_NUM_THREADS" not in os.environ:  # the ranks of a machine share its cores
-        here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(own_cores())
     # As DeepSpeed does, a machine with GPUs takes DS_ACCELERATOR=cpu for a wish.
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         if local_rank >= (gpus := torch.cuda.device_count()):
@@ -61,6 +65,18 @@ def find_ranks() -> Ranks:
     else:
         device = torch.device("cpu")
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+
+
+def own_cores() -> int:
+    """How many cores this rank may keep busy; the ranks of a machine share what they may run on."""
+    cores, names = len(os.sched_getaffinity(0)), os.environ
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):  # of DeepSpeed's launcher, of torchrun
+        if name in names:
+            return max(1, cores // int(names[name]))
+    if "SLURM_CPUS_PER_TASK" in names and names["RANK"] == names.get("SLURM_PROCID"):
+        return min(cores, int(names["SLURM_CPUS_PER_TASK"]))
+    here = -(-int(names["WORLD_SIZE"]) // int(names.get("SLURM_NNODES", "1")))
+    return max(1, cores // here)
 
 
 @functools.cache

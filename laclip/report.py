@@ -8,6 +8,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from laclip.metrics import duration, read_metrics
 
 _STYLE = """
@@ -46,6 +48,20 @@ def write_report(folder: Path) -> Path:
     temporary.write_text(render_report(folder))
     temporary.rename(page)
     return page
+
+
+def score_table(scores: dict[str, dict[str, float]]) -> str:
+    """The held-out scores as lines of text."""
+    lines = [f"  {'set':18}{'measure':26}{'score':>8}{'at 5':>8}{'chance':>9}{'n':>7}"]
+    for name, score in scores.items():
+        texts = "recall_at_1" in score
+        first, fifth = ("recall_at_1", "recall_at_5") if texts else ("top1", "top5")
+        measure = "text to image, recall" if texts else "image to text, top-1"
+        lines.append(
+            f"  {name:18}{measure:26}{score[first]:8.1%}{score[fifth]:8.1%}"
+            f"{score['chance']:9.2%}{score['n']:7}"
+        )
+    return "\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +121,9 @@ def _summary(records: list[dict], status: dict, config: str) -> str:
     if records:
         first, last = records[0], records[-1]
         batch = tomllib.loads(config)["train"]["global_batch_size"] if config else 0
-        seconds = sum(batch / record["images_per_second"] for record in records)
+        # Of the steps that were logged, as if all were like them.
+        steps = (last["step"] + 1) / len(records)
+        seconds = steps * sum(batch / record["images_per_second"] for record in records)
         texts += [
             f"{last['step'] + 1:,} steps of {batch}",
             f"loss {first['loss']:.3f} to {last['loss']:.3f}",
@@ -163,11 +181,15 @@ def _curve(records: list[dict], key: str, title: str, noisy: bool) -> str:
     return text[text.index("<svg") :]
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """Means over a centred window of a twentieth of the run."""
-    half = max(1, len(values) // 40)
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+def _smooth(values: list[float]) -> np.ndarray:
+    """Means over a centred window of a twentieth of the run; steps that were skipped have NaN."""
+    half, index, found = max(1, len(values) // 40), np.arange(len(values)), np.isfinite(values)
+    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    totals, counts = (
+        np.insert(np.cumsum(part), 0, 0.0) for part in (np.where(found, values, 0.0), found)
+    )
+    with np.errstate(invalid="ignore"):  # a window without any number
+        return (totals[last] - totals[first]) / (counts[last] - counts[first])
 
 
 def _card(example: dict[str, Any]) -> str:

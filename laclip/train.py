@@ -37,8 +37,16 @@ from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
 from laclip.model import CLIP, build_model, compile_blocks, load_weights
 from laclip.optimizer import build_optimizer, learning_rate
-from laclip.parallel import JointError, Ranks, find_ranks, gather_objects, set_timeouts, start_sum
-from laclip.report import write_report
+from laclip.parallel import (
+    JointError,
+    Ranks,
+    find_ranks,
+    from_first,
+    gather_objects,
+    set_timeouts,
+    start_sum,
+)
+from laclip.report import score_table, write_report
 from laclip.run_folder import claim_folder, write_status
 from laclip.tokenizer import Tokenizer, load_tokenizer
 from laclip.train_step import LossScale, train_step
@@ -58,10 +66,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", metavar="TOML", help="the run (default: configs/demo.toml)")
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="override a key of the configuration, e.g. --set optimizer.lr=5e-4; may be repeated",
+        help="override keys of the configuration, e.g. --set optimizer.lr=5e-4 train.steps=100",
     )
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder, under its own config"
@@ -105,7 +114,14 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     settings = engine_settings(deepspeed_json, config, ranks)
     if not config.data.train:
         raise ValueError("data.train: no dataset given. Set it to a dataset's folder, or several")
+    if ranks.device.type == "cpu" and config.model.attention != "sdpa":
+        raise ValueError(
+            f"model.attention: {config.model.attention} computes on a GPU alone, and this rank has "
+            'none. Set model.attention = "sdpa"'
+        )
     datasets = [open_dataset(path) for path in config.data.train]
+    for task in config.evaluation.tasks.values():  # a mistake there must not wait for the end
+        open_dataset(task.data).check_tokenizer(tokenizer.fingerprint)
     torch.manual_seed(config.run.seed)
     model = build_model(
         config.model, tokenizer.vocab_size, tokenizer.eot_token, config.train.loss == "siglip"
@@ -130,7 +146,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     with Watchdog(ranks, 60 * config.run.timeout_minutes, give_up, orphaned) as watchdog:
         try:
             stopped = run(config, settings, ranks, model, tokenizer, datasets, watchdog)
-        except (JointError, DataError) as error:
+        except Exception as error:
             if ranks.is_first:
                 step = newest_step(folder / "checkpoints")
                 write_status(folder, "resumable", step, str(error))
@@ -242,7 +258,7 @@ def run(
             f"for {config.train.epochs:g} epochs make no step. Give more of either"
         )
     step = saved_step = state["step"]
-    best = best_score(checkpoints)
+    best = from_first(best_score(checkpoints) if ranks.is_first else None)
     loss_scale = LossScale(config.train.precision, *([state["loss_scale"]] if found else []))
     if ranks.is_first:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -308,7 +324,7 @@ def run(
         scores: dict[str, dict[str, float]] = {}
         every = config.evaluation.every_steps
         last = step + 1 == total_steps
-        if every and (step + 1) % every == 0 and not last:
+        if every and (step + 1) % every == 0 and not last and not stopped:
             scores, _ = score_tasks(engine, config, tokenizer, ranks, watchdog)
         if ranks.is_first and (step % config.log.every_steps == 0 or last or scores):
             loss, logit_scale = result.numbers()
@@ -455,19 +471,6 @@ def finish(
         say(f"laclip: held-out scores ({duration(time.perf_counter() - begin)})")
         say(score_table(scores))
     say(f"laclip: weights, scores and report in '{folder}'; open {page}")
-
-
-def score_table(scores: dict[str, dict[str, float]]) -> str:
-    lines = [f"  {'set':18}{'measure':26}{'score':>8}{'at 5':>8}{'chance':>9}{'n':>7}"]
-    for name, score in scores.items():
-        texts = "recall_at_1" in score
-        first, fifth = ("recall_at_1", "recall_at_5") if texts else ("top1", "top5")
-        measure = "text to image, recall" if texts else "image to text, top-1"
-        lines.append(
-            f"  {name:18}{measure:26}{score[first]:8.1%}{score[fifth]:8.1%}"
-            f"{score['chance']:9.2%}{score['n']:7}"
-        )
-    return "\n".join(lines)
 
 
 def catch_signals() -> None:

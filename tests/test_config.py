@@ -10,8 +10,10 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
         "model.preset=laclip_vit_b_16",
         "data.train=['a', \"b's\"]",
         "run.folder='with \"quotes\" and \\ slash'",
+        'evaluation.tasks={"flickr30k.test"={}, "with \\"quotes\\", spaces"={}, "é"={}}',
         "evaluation.tasks.first.data=somewhere",
         "evaluation.tasks.second.direction=text_to_image",
+        "log.wandb_project='two\\nlines'",
         "optimizer.betas=[0.9, 0.95]",
         "train.epochs=3",
     ]
@@ -19,6 +21,11 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(dump_config(config))
     assert load_config(path) == config
+
+
+def test_a_list_whose_quotes_a_remote_shell_took_is_read_all_the_same():
+    train = load_config(None, ["data.train=[/data/a, /data/b-2]"]).data.train
+    assert train == ("/data/a", "/data/b-2")
 
 
 def test_the_file_overrides_the_defaults_and_set_overrides_the_file(tmp_path):
@@ -67,6 +74,7 @@ def test_a_preset_that_the_file_would_silently_outvote_is_refused(tmp_path):
         ("model=3", "model: expected a section, found 3"),
         ("evaluation.tasks.a.direction=up", "evaluation.tasks.a.direction: 'up'"),
         ("train.global_batch_size=0", "must be above 0, found 0"),
+        ("train.max_skipped_steps=0", "must be above 0, found 0"),
         ("lr", "expected section.key=value"),
     ],
 )
@@ -74,6 +82,11 @@ def test_a_mistake_is_named_with_its_key(override, message):
     with pytest.raises(ValueError) as error:
         load_config(None, [override])
     assert message in str(error.value)
+
+
+def test_smoothing_that_the_sigmoid_loss_would_not_read_is_refused():
+    with pytest.raises(ValueError, match="label_smoothing: only read with train.loss = 'clip'"):
+        load_config(None, ["train.loss=siglip", "train.label_smoothing=0.1"])
 
 
 def test_epochs_and_steps_exclude_each_other():

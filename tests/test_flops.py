@@ -67,6 +67,8 @@ def test_a_gpus_peak_is_found_by_its_name():
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA L40S") == 362e12 and peak_flops("NVIDIA L40") == 181e12
+    for other in ("RTX A4000", "RTX A1000 Laptop GPU", "H20", "A100-SXM4-40GB MIG 3g.20gb"):
+        assert peak_flops(f"NVIDIA {other}") is None
     assert peak_flops("NVIDIA L4") == 121e12 and peak_flops("Some Other GPU") is None
 
 

@@ -176,6 +176,19 @@ def test_too_many_bad_images_stop_the_run_with_a_list(emoji_copy):
     assert all(key in str(error.value) for key in keys.values())
 
 
+def test_two_bad_images_in_the_first_batch_may_be_chance(emoji_copy):
+    victims = next(loader()).samples[:2].tolist()
+    damage(emoji_copy, victims)
+    unlucky = loader(emoji_copy)
+    assert next(unlucky).substitutes == 2 and sorted(unlucky.bad_samples) == sorted(victims)
+
+
+def test_where_no_bad_image_is_allowed_the_first_one_stops_the_run(emoji_copy):
+    damage(emoji_copy, next(loader()).samples[:1].tolist())
+    with pytest.raises(DataError, match=r"data\.max_bad_fraction: 1 of the first 64"):
+        next(loader(emoji_copy, DataConfig(max_bad_fraction=0.0)))
+
+
 def test_unreadable_data_is_a_data_error(emoji_copy):
     for tar in emoji_copy.glob("*.tar"):
         tar.write_bytes(tar.read_bytes()[:5000])
@@ -203,6 +216,19 @@ def test_another_tokenizer_is_refused(emoji_copy):
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused():
     with pytest.raises(ValueError, match="64 does not divide by the 3 ranks"):
         loader(rank=0, world_size=3)
+
+
+def test_weights_ask_for_variants_in_one_order(emoji_copy):
+    manifest = json.loads((emoji_copy / "dataset.json").read_text())
+    weights = DataConfig(captions="weights", weights=(1.0,) * len(manifest["variants"]))
+    opened = [open_dataset(EMOJI / "train"), open_dataset(emoji_copy)]
+    rest = {"seed": 0, "global_batch_size": 8, "image_size": 16, "context_length": 32}
+    next(Loader(opened, weights, load_tokenizer(), device=CPU, **rest))
+    manifest["variants"][1:] = manifest["variants"][:0:-1]
+    (emoji_copy / "dataset.json").write_text(json.dumps(manifest))
+    opened[1] = open_dataset(emoji_copy)
+    with pytest.raises(ValueError, match=r"data\.weights: one a variant, but .* in one order"):
+        Loader(opened, weights, load_tokenizer(), device=CPU, **rest)
 
 
 def test_several_datasets_are_one_list(emoji_copy):

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,10 +34,11 @@ def picture(number, size=(90, 70)):
     return coarse.resize(size, Image.Resampling.BICUBIC)
 
 
-def write_tar(path, images):
+def write_tar(path, images, captions=None):
     with tarfile.open(path, "w") as tar:
         for number, (name, data) in enumerate(images):
-            for member, content in ((name, data), (f"{number:05}.txt", b"a picture of noise")):
+            caption = (captions or {}).get(number, b"a picture of noise")
+            for member, content in ((name, data), (f"{number:05}.txt", caption)):
                 info = tarfile.TarInfo(member)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -44,15 +46,16 @@ def write_tar(path, images):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A data set of small photographs; dataset(name, data): with another image in one place."""
+    """A data set of small photographs; dataset(name, data, captions): with another image in one
+    place, other captions."""
 
-    def build(name=f"{VICTIM:05}.jpg", data=None):
+    def build(name=f"{VICTIM:05}.jpg", data=None, captions=None):
         images = [(f"{i:05}.jpg", encode(picture(i))) for i in range(SAMPLES)]
         if data is not None:
             images[VICTIM] = (name, data)
         folder = tmp_path / "dataset"
         folder.mkdir()
-        write_tar(folder / "00000.tar", images)
+        write_tar(folder / "00000.tar", images, captions)
         index(folder)
         tokenize(folder)
         return folder
@@ -163,6 +166,15 @@ def test_what_went_bad_since_indexing_costs_one_image(dataset, tmp_path, change,
     }
 
 
+def test_a_full_disk_costs_the_line_about_a_bad_image_and_not_the_run(dataset, capsys):
+    folder = dataset()
+    overwrite(folder, all_zeros)
+    found = batches(folder, Path("/dev/full"))
+    assert sum(batch.substitutes for batch in found) == 1
+    told = capsys.readouterr().out
+    assert "No space left on device" in told and f'"key": "{VICTIM:05}"' in told
+
+
 def test_what_a_jpegs_markers_show_to_be_broken_is_what_pillow_refuses():
     rng = np.random.default_rng(0)
     kinds = [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_rows": 1}]
@@ -218,6 +230,15 @@ def test_what_the_index_flags_is_never_read(dataset, tmp_path, data, reason):
     assert sum(batch.substitutes for batch in found) == 1
     assert not any(VICTIM in batch.samples for batch in found)
     assert not log.exists()  # known before the run
+
+
+@pytest.mark.parametrize("caption", [b"", b" \n"])  # img2dataset writes the first for none
+def test_an_image_with_a_blank_caption_is_not_used(dataset, caption):
+    folder = dataset(captions={VICTIM: caption})
+    found = batches(folder)
+    assert sum(batch.substitutes for batch in found) == 1
+    assert not any(VICTIM in batch.samples for batch in found)
+    assert all((batch.captions.lengths > 2).all() for batch in found)
 
 
 def test_an_image_above_max_pixels_is_refused_before_decoding(dataset, tmp_path):
@@ -283,3 +304,18 @@ def test_a_shard_cut_short_while_it_is_read_ends_the_run(dataset):
     with pytest.raises(DataError, match=r"00000\.tar' ends inside sample \d+: it was cut short"):
         for _ in range(SAMPLES // BATCH):
             next(loader)
+
+
+def test_a_shard_cut_short_while_a_substitute_is_read_ends_the_run_alike(dataset, monkeypatch):
+    folder = dataset()
+    overwrite(folder, all_zeros)
+    mark_bad = Loader.mark_bad
+
+    def cut_first(loader, samples):
+        if samples:  # between the batch and its substitute
+            (folder / "00000.tar").open("r+b").truncate(2000)
+        mark_bad(loader, samples)
+
+    monkeypatch.setattr(Loader, "mark_bad", cut_first)
+    with pytest.raises(DataError, match=r"00000\.tar' ends inside sample \d+: it was cut short"):
+        batches(folder)

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, TensorBoard, and what the report shows of them."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from train_job import arguments, metrics, run
 
 from laclip.metrics import MetricsWriter, read_metrics, variant_shares
-from laclip.report import render_report
+from laclip.report import _smooth, render_report
 
 # Prints the history that an offline run's file holds, a JSON object a step. The file is a LevelDB
 # log behind 7 bytes: blocks of 32 KiB, records of 4 bytes checksum, 2 length, 1 type, and their
@@ -79,6 +80,22 @@ def test_a_run_that_goes_on_drops_the_records_that_its_checkpoint_does_not_hold(
     assert [r["loss"] for r in read_metrics(tmp_path)] == [0, 0, 2, 2, 2, 2]
 
 
+def test_records_survive_a_disk_that_is_full_when_the_run_goes_on(tmp_path):
+    writer = open_writer(tmp_path)
+    for step in range(3):
+        writer.write(record(step))
+    writer.close()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            open_writer(tmp_path, next_step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
 def test_a_tracker_whose_package_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"wandb is not installed. Run: pip install 'laclip\[wan"):
@@ -108,6 +125,21 @@ def test_two_ranks_write_one_console_and_hand_every_number_to_weights_and_biases
     rows = [json.loads(line) for line in found]
     ours = [{key: value for key, value in row.items() if key[0] != "_"} for row in rows]
     assert ours == expected
+
+
+def test_a_run_of_which_few_steps_were_logged_counts_the_time_of_all(tmp_path):
+    (tmp_path / "config.toml").write_text("[train]\nglobal_batch_size = 1000\n")
+    lines = [json.dumps(record(step)) for step in range(0, 360, 10)]  # 10 s each
+    lines.append(json.dumps(record(359)))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "360 steps of 1000" in (page := render_report(tmp_path))
+    assert "trained for 1:00:00" in page
+
+
+def test_curves_are_smoothed_over_a_twentieth_of_the_run_without_skipped_steps():
+    assert _smooth([1.0, 2.0, 6.0, 8.0]).tolist() == pytest.approx([1.5, 3, 16 / 3, 7])
+    assert _smooth([1.0, float("nan"), 6.0]).tolist() == pytest.approx([1, 3.5, 6])
+    assert _smooth(np.arange(400_000.0))[200_000] == 200_000
 
 
 def test_the_report_draws_the_share_of_the_peak_where_it_is_known(tmp_path):

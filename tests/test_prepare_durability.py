@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import resource
 import shutil
@@ -15,6 +16,7 @@ from PIL import Image
 
 from laclip.dataset import open_dataset
 from laclip.prepare.index import index
+from laclip.prepare.shards import run_shards
 from laclip.prepare.tokenize import JOURNAL, tokenize
 from laclip.prepare.verify import verify
 
@@ -179,3 +181,8 @@ def tokens_of(source, name):
     dataset = open_dataset(source / "new")
     variant = dataset.variants.index(name)
     return [dataset.captions(shard).tokens(0, variant).tolist() for shard in range(SHARDS)]
+
+
+def test_a_killed_worker_is_told_without_a_traceback():
+    with pytest.raises(ChildProcessError, match="killed, .* fewer --jobs"):
+        list(run_shards(os._exit, [(9,)] * 3, total=3, label="die", jobs=2))

@@ -341,3 +341,27 @@ def test_equal_hashes_are_told_apart_by_the_identity_itself(tmp_path, monkeypatc
     monkeypatch.setattr(module, "hash_strings", lambda s: np.zeros(len(s), np.uint64))
     build_store(tmp_path / "s", [("a", "1"), ("b", "2"), ("c", "3")])
     assert TextStore(tmp_path / "s").find(["c", "a", "x", "b"])[0] == ["3", "1", None, "2"]
+
+
+def test_an_index_that_loses_the_captions_names_the_variants_to_give_again(folder, tmp_path):
+    write_keyed(tmp_path / "r.jsonl")
+    tokenize(folder, {"llm": tmp_path / "r.jsonl", "blip": "json:blip"})
+    assert index(folder).endswith("bad")
+    again = index(folder, decode=True).splitlines()[-1]
+    assert again.endswith(f"Run: laclip tokenize {folder} --rewrites llm=FILE --rewrites blip=FILE")
+
+
+def test_a_field_is_found_in_json_of_any_length(tmp_path):
+    extra = {"exif": "x" * 100_000, "blip": "two dogs running"}  # img2dataset keeps EXIF data there
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (
+            ("a.jpg", IMAGE.getvalue()),
+            ("a.txt", b"a dog"),
+            ("a.json", json.dumps(extra).encode()),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    index(tmp_path)
+    tokenize(tmp_path, {"blip": "json:blip"})
+    assert texts(tmp_path, "blip")["a"] == TOKENIZER.encode("two dogs running")

@@ -36,6 +36,35 @@ def test_a_rank_without_a_gpu_says_so(monkeypatch):
         find_ranks()
 
 
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, 12),
+        (LAUNCHED | {"LOCAL_SIZE": "4"}, 3),
+        (LAUNCHED | {"LOCAL_WORLD_SIZE": "2"}, 6),  # torchrun on several machines
+        (SLURM | {"SLURM_CPUS_PER_TASK": "12", "SLURM_NNODES": "2"}, 12),  # the task's own cores
+        (SLURM | {"SLURM_CPUS_PER_TASK": "16", "SLURM_NNODES": "2"}, 12),  # srun was not told
+        (SLURM | {"SLURM_NNODES": "2"}, 3),
+        (SLURM | LAUNCHED | {"LOCAL_SIZE": "2", "SLURM_CPUS_PER_TASK": "12"}, 6),
+    ],
+)
+def test_a_rank_takes_its_own_share_of_the_cores(monkeypatch, variables, threads):
+    pretend(monkeypatch, variables, 4)
+    del os.environ["OMP_NUM_THREADS"]
+    taken = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    find_ranks()
+    assert taken == [threads]
+
+
+def test_tasks_of_srun_that_cannot_meet_say_so(monkeypatch):
+    """Each would else be a job of its own, and train alone."""
+    pretend(monkeypatch, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8"}, 4)
+    with pytest.raises(SystemExit, match="need MASTER_ADDR"):
+        find_ranks()
+
+
 def pretend(monkeypatch, variables, gpus):
     """Returns the list of devices that were made the current one."""
     taken = []

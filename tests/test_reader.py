@@ -273,6 +273,26 @@ def test_a_bad_sample_yields_a_substitute_and_changes_nothing_else():
     assert halves == after
 
 
+def test_a_batch_that_holds_whole_shards_still_finds_substitutes():
+    wide = {"window_shards": 1, "global_batch_size": 1536}
+    clean = reader(**wide).read(0)  # of 1,024 samples a shard
+    (whole,) = [n for n in range(3) if np.isin(clean.samples // 1024, n).sum() >= 1022]
+    inside = (clean.samples // 1024) == whole
+    for bad in (clean.samples[inside][:5], clean.samples[inside]):  # some of a shard, all of it
+        bad = list(map(int, bad))
+        parts = [reader(**wide, rank=rank, world_size=2) for rank in range(2)]
+        one = reader(**wide)
+        for part in (one, *parts):
+            part.mark_bad(bad)
+        batch = one.read(0)
+        assert batch.substitutes == len(bad) and not np.isin(batch.samples, bad).any()
+        found = batch.samples[np.isin(clean.samples, bad)]
+        assert ((found // 1024 == whole) == (len(bad) == 5)).all()
+        kept = ~np.isin(clean.samples, bad)
+        assert (batch.samples[kept] == clean.samples[kept]).all() and not batch.broken.any()
+        assert digest(batch) == [h for part in parts for h in digest(part.read(0))]
+
+
 def test_images_above_max_pixels_are_substituted():
     dataset = open_dataset(EMOJI / "train")
     sizes = np.concatenate(

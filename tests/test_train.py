@@ -166,6 +166,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(straight, tmp_path):
     victim.write_bytes(content)
     _, output = run(arguments(folder))
     assert f"passing over the damaged checkpoint '{newest}': {victim.name}" in output
+    assert (newest.with_name(f"damaged_{newest.name}") / victim.name).read_bytes() == content
     assert "going on at step 4" in output
     assert losses(folder) == losses(straight)
 
@@ -249,6 +250,8 @@ BAD_INPUT = {
     "no dataset": (["data.train=[]"], "data.train: no dataset given"),
     "micro batch": (["train.micro_batch_size=5"], "5 does not divide the 32 samples"),
     "patch size": (["model.vision.patch_size=7"], "model.vision.image_size"),
+    "missing task": (["evaluation.tasks={v={data='no/where'}}"], "no/where"),
+    "attention": (["model.attention=xformers"], "xformers computes on a GPU alone"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),
     "no steps": (["train.steps=0"], "make no step"),
 }
@@ -261,6 +264,7 @@ def test_mistakes_end_with_code_2_and_a_message(name, tmp_path):
     assert code == 2
     assert re.search(r"^laclip: ", output, re.MULTILINE)
     assert message in output and "Traceback" not in output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # before any training
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,15 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_costs_the_checkpoint_not_the_run(small_disk):
+def test_a_full_disk_costs_the_checkpoint_not_the_run(small_disk, tmp_path):
     """Filled after the first checkpoint and emptied again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     disk, fill, empty, said = small_disk
     folder = disk / "run"
-    words = arguments(folder, "train.steps=100000", "checkpoint.every_steps=10", stage=2)
-    with Job(words) as job:
+    settings = ["train.steps=100000", "checkpoint.every_steps=10", "log.tensorboard=true"]
+    words = arguments(folder, *settings, stage=2)
+    with Job(words, output=tmp_path / "output") as job:
         job.wait_for_steps(12)
         fill(job)
         deadline = time.monotonic() + 60
@@ -102,6 +105,9 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(small_disk):
         assert job.wait_for_the_end(30) == [0, 0]
     steps = [record["step"] for record in metrics(folder)]
     assert steps == sorted(set(steps))  # lost records leave no half lines
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("train/loss")[-1].step == steps[-1]
     assert status(folder)["step"] == steps[-1] + 1
 
 
@@ -141,6 +147,14 @@ def test_steps_that_are_not_finite_are_logged_and_end_the_run(tmp_path):
         assert len(samples) == 32
         assert all(path.endswith(".tar") and key for path, key in samples)
     assert status(folder)["state"] == "resumable"
+
+
+def test_a_run_of_one_rank_that_fails_says_so_in_its_status(tmp_path):
+    weights = ["data.captions=weights", "data.weights=[1.0]"]
+    code, output = run(arguments(tmp_path / "run", *weights), check=False)
+    assert code == 2 and "needs one weight for each" in output
+    found = status(tmp_path / "run")
+    assert found["state"] == "resumable" and "needs one weight for each" in found["reason"]
 
 
 WATCHED = """

@@ -37,14 +37,14 @@ def finished_run(folder, *overrides):
 def test_exported_weights_come_back_bit_for_bit(kind, family, tmp_path, capsys):
     family = [*family, "model.vision.patch_bias=true"] if family else family
     model = finished_run(tmp_path / "run", *family)
-    out = tmp_path / "out"
+    out = tmp_path / "new" / "out"
     assert main(["export", str(tmp_path / "run"), str(out), "--format", kind]) == 0
     if kind == "hugging_face":
         assert json.loads((out / "config.json").read_text())["model_type"] == "clip"
         out = out / "pytorch_model.bin"
-    assert main(["import", str(out), str(tmp_path / "back.pt")]) == 0
+    assert main(["import", str(out), str(tmp_path / "other" / "back.pt")]) == 0
     assert f"from {kind}" in capsys.readouterr().out
-    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    back = torch.load(tmp_path / "other" / "back.pt", weights_only=True)
     assert back.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(back[name], tensor), name
@@ -55,6 +55,10 @@ def test_mistakes_are_named_without_a_traceback(tmp_path, capsys):
     words = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--format", "hugging_face"]
     assert main(words) == 2
     assert "CLIPModel has no qk-norm" in capsys.readouterr().err
+    finished_run(tmp_path / "last", "model.text.pool=last")
+    words[1] = str(tmp_path / "last")
+    assert main(words) == 2
+    assert "reads a caption at its first end-of-text token" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "none.pt"), str(tmp_path / "x.pt")]) == 2
     assert "none.pt" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2

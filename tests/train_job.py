@@ -39,9 +39,8 @@ def environment(gpus=4):
 
 def arguments(folder, *overrides, stage=1, extra=()):
     settings = [f"run.folder={folder}", *TINY, *overrides]
-    sets = [word for setting in settings for word in ("--set", setting)]
     json_file = f"configs/deepspeed/zero{stage}.json"
-    return ["laclip/train.py", "--deepspeed_config", json_file, *extra, *sets]
+    return ["laclip/train.py", "--deepspeed_config", json_file, *extra, "--set", *settings]
 
 
 def run(words, ranks=1, launcher=False, check=True):
@@ -102,7 +101,7 @@ def status(folder):
 class Job:
     """A running job: plain processes as srun would start them, or DeepSpeed's launcher."""
 
-    def __init__(self, words, ranks=2, launcher=False):
+    def __init__(self, words, ranks=2, launcher=False, output=None):
         env = environment()
         if launcher:
             commands = [[BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", free_port()]]
@@ -115,7 +114,7 @@ class Job:
                 {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)
             ]
         self.folder = Path(next(word for word in words if "run.folder=" in word).partition("=")[2])
-        self.output = self.folder.with_suffix(".output")
+        self.output = output or self.folder.with_suffix(".output")
         with self.output.open("w") as log:
             self.processes = [
                 subprocess.Popen(

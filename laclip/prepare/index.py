@@ -83,7 +83,8 @@ def index(
     kept = write_manifest(folder, shards, captions, variants, tokenizer, libraries)
     text = _report(folder, found)
     if variants and not kept:
-        text += f"\nits captions are not of these samples. Run: laclip tokenize {folder}"
+        named = "".join(f" --rewrites {name}=FILE" for name in variants[1:])
+        text += f"\nits captions are not of these samples. Run: laclip tokenize {folder}{named}"
     return text
 
 

@@ -98,6 +98,7 @@ def equality_worker(rank: int) -> list[tuple[str, float]]:
         dist.all_reduce(shared)
         pairs = [
             (shared / world_size, torch.stack([expected, *(leaf.grad for leaf in whole[2:])])),
+            (mine[2].grad, whole[2].grad),  # the same on every rank
             (mine[0].grad / world_size, whole[0].grad[own]),
             (mine[1].grad / world_size, whole[1].grad[..., own, :]),
         ]
