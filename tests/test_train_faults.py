@@ -171,6 +171,7 @@ def give_up(reason, report):
 ranks = find_ranks()
 dist.init_process_group("gloo")
 with Watchdog(ranks, 3.0, give_up, lambda: None) as watchdog:
+    print("watched", flush=True)
     for batch in range(4):
         watchdog.doing(f"loading batch {batch}")
         if (ranks.rank, batch) == (1, 2):
@@ -214,3 +215,27 @@ def test_the_rank_that_the_others_would_wait_for_is_named(fault, reason, tmp_pat
     finally:
         first.kill(), second.kill()
     assert re.search(rf"^{reason}$", output.read_text(), re.MULTILINE)
+
+
+def test_a_job_that_was_stopped_for_long_goes_on(tmp_path):
+    """Ctrl-Z and fg: the time in which nothing ran is held against nobody."""
+    script = tmp_path / "watched.py"
+    lines = "iter(sys.stdin.readline, '')"
+    script.write_text(WATCHED.replace("range(4)", lines).replace("FAULT", "pass"))
+    process = subprocess.Popen(
+        [sys.executable, script],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "watched\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(7)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(1.5)
+        output, _ = process.communicate("1\n", timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, output) == (0, "")
