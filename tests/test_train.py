@@ -34,6 +34,15 @@ def test_zero_stages_give_the_losses_of_stage_1(straight, tmp_path, stage):
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=1e-4)
 
 
+def test_gradients_are_clipped_alike_without_zero(tmp_path):
+    # An eps that is not small beside the clipped gradients, or AdamW would hide their scale.
+    settings = ["optimizer.clip_norm=0.3", "optimizer.eps=1e-2", "train.steps=4"]
+    for stage in (0, 3):
+        run(arguments(tmp_path / str(stage), *settings, stage=stage))
+    assert losses(tmp_path / "0") == pytest.approx(losses(tmp_path / "3"), abs=1e-5)
+    assert min(record["gradient_norm"] for record in metrics(tmp_path / "0")) > 0.6
+
+
 def test_micro_batches_give_the_losses_and_norms_of_the_whole_batch(straight, tmp_path):
     run(arguments(tmp_path / "run", "train.micro_batch_size=8"))
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=1e-5)
