@@ -3,8 +3,9 @@
 #
 #   benchmarks/gpu.sh [FOLDER [STEP...]]
 #
-# FOLDER: for what comes out (default: $OUT, else benchmarks/results). Steps, with the minutes that
-# they should take on an H100 beside 16 cores (estimates; what a step took is printed after it):
+# FOLDER: for what comes out (default: $OUT, else benchmarks/results); paths are taken from the
+# repository's root. Steps, with the minutes that they should take on an H100 beside 16 cores
+# (estimates; what a step took is printed after it):
 #
 #   tests 3       the kernels' tests that a GPU changes; where one fails, nothing else runs
 #   sweep 15      the losses beside their rivals; the sizes of PERFORMANCE.md's goals in the first 6

@@ -220,6 +220,7 @@ _CHOICES = {
 RUNTIME_KEYS = (
     "run.folder",
     "run.timeout_minutes",
+    "data.train",  # a checkpoint holds the fingerprints: the same data may lie elsewhere
     "data.reader_threads",
     "data.decode_threads",
     "data.prefetch",

@@ -67,6 +67,8 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     settings.setdefault("steps_per_print", 10**9)
     settings["zero_allow_untested_optimizer"] = True
     zero = settings.get("zero_optimization", {})
+    if not zero.get("stage"):
+        settings["gradient_clipping"] = 0.0  # the step clips, by the norm that it takes itself
     if ranks.world_size == 1 and zero.get("stage") in (1, 2):
         # With nothing to overlap it leaves a wait for the GPU after every backward.
         zero["overlap_comm"] = False

@@ -34,8 +34,7 @@ def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> An
 def open_folder(folder: Path, config: Config, resume: bool) -> Any:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.folder: '{folder}' is a file, expected a folder or nothing")
-    status = folder / "status.json"
-    if status.exists() and json.loads(status.read_text())["state"] == "finished" and not resume:
+    if _is_finished(folder) and not resume:
         number = 1
         while folder.with_name(f"{folder.name}.{number}").exists():
             number += 1
@@ -65,6 +64,13 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
     temporary.rename(stored)
     write_status(folder, "running", None)
     return lock
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "status.json").read_text())["state"] == "finished"
+    except (FileNotFoundError, json.JSONDecodeError):  # empty where the machine lost power
+        return False
 
 
 def write_status(folder: Path, state: str, step: int | None, reason: str = "") -> None:

@@ -125,7 +125,7 @@ def train_step(
             if features is not None:
                 surrogate = surrogate + (features.float() * leaf.grad[..., part, :]).sum()
         backward(engine, surrogate / loss_scale.value, stage, loss_scale)
-    finish_step(engine, stage, loss_scale, result)
+    finish_step(engine, stage, loss_scale, result, config.optimizer.clip_norm)
     return result
 
 
@@ -147,11 +147,13 @@ def backward(engine: Any, loss: torch.Tensor, stage: int, loss_scale: LossScale)
     engine.backward(loss, scale_wrt_gas=False)
 
 
-def finish_step(engine: Any, stage: int, loss_scale: LossScale, result: StepResult) -> None:
+def finish_step(
+    engine: Any, stage: int, loss_scale: LossScale, result: StepResult, clip_norm: float
+) -> None:
     """Step after the last micro-batch, unless a gradient is not finite.
 
-    ZeRO looks for such gradients itself. Plain data parallelism (stage 0) does not, and keeps no
-    norm: it is taken from the averaged gradients, which are the same on every rank.
+    ZeRO looks for such gradients itself, and clips. Plain data parallelism (stage 0) does not, and
+    keeps no norm: it is taken from the averaged gradients, which are the same on every rank.
     """
     if stage > 0:
         engine.step()
@@ -168,5 +170,7 @@ def finish_step(engine: Any, stage: int, loss_scale: LossScale, result: StepResu
     if not result.applied:
         for parameter in engine.module.parameters():
             parameter.grad = None  # the optimizer passes over parameters without a gradient
+    elif clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), clip_norm, result._norm)
     engine.step()
     loss_scale.update(result.applied)

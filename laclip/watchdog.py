@@ -23,7 +23,8 @@ import torch.distributed as dist
 from laclip.parallel import JointError, Ranks, from_first
 
 INTERVAL = 0.5  # seconds between beats
-PATIENCE = 5.0  # seconds that an error of the network waits for the news of what caused it
+PATIENCE = 5.0  # seconds that an error of the network waits for the news of what caused it;
+# also how late this thread may be before it takes itself for one that was stopped
 
 
 class _Peer:
@@ -129,7 +130,7 @@ class Watchdog:
                     peer.send(*message)
 
     def _watch(self) -> None:
-        beat_at = 0.0
+        beat_at, looked_at = 0.0, time.monotonic()
         while not self._closing:
             for key, _ in self._selector.select(INTERVAL):
                 if key.data is None:
@@ -137,6 +138,9 @@ class Watchdog:
                 else:
                     self._hear(key.data)
             now = time.monotonic()
+            if now - looked_at > PATIENCE:
+                self._forgive(now - looked_at)
+            looked_at = now
             if now - beat_at >= INTERVAL:
                 beat_at = now
                 self._send("beat", self._count, self._doing)
@@ -157,6 +161,13 @@ class Watchdog:
         if self._ranks.is_first:
             self._listener.close()
         self._selector.close()
+
+    def _forgive(self, seconds: float) -> None:
+        """This process was stopped (Ctrl-Z) and goes on: a time in which it heard nobody."""
+        self._advanced_at += seconds
+        for peer in self._peers():
+            peer.heard_at += seconds
+            peer.advanced_at += seconds
 
     def _hear(self, peer: _Peer) -> None:
         messages = peer.receive()

@@ -365,3 +365,19 @@ def test_a_field_is_found_in_json_of_any_length(tmp_path):
     index(tmp_path)
     tokenize(tmp_path, {"blip": "json:blip"})
     assert texts(tmp_path, "blip")["a"] == TOKENIZER.encode("two dogs running")
+
+
+@pytest.mark.parametrize("given", ["keys", "paths"])
+def test_rewrites_of_which_no_sample_takes_any_are_refused(folder, tmp_path, given):
+    tokenize(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rewrites, more = tmp_path / "r.jsonl", {}
+    rewrites.write_text('{"key": "000000007", "text": "a lazy dog"}\n')
+    if given == "paths":
+        (tmp_path / "original.csv").write_text("".join(f"img/x{i}.jpg,no\n" for i in range(9)))
+        rewrites = tmp_path / "r.txt"
+        rewrites.write_text("a lazy dog\n" * 9)
+        more = {"original_csv": tmp_path / "original.csv", "join": "path"}
+    with pytest.raises(ValueError, match="--rewrites llm: no sample of .* by its "):
+        tokenize(folder, {"llm": rewrites}, **more)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

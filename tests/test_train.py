@@ -34,6 +34,15 @@ def test_zero_stages_give_the_losses_of_stage_1(straight, tmp_path, stage):
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=1e-4)
 
 
+def test_gradients_are_clipped_alike_without_zero(tmp_path):
+    # An eps that is not small beside the clipped gradients, or AdamW would hide their scale.
+    settings = ["optimizer.clip_norm=0.3", "optimizer.eps=1e-2", "train.steps=4"]
+    for stage in (0, 3):
+        run(arguments(tmp_path / str(stage), *settings, stage=stage))
+    assert losses(tmp_path / "0") == pytest.approx(losses(tmp_path / "3"), abs=1e-5)
+    assert min(record["gradient_norm"] for record in metrics(tmp_path / "0")) > 0.6
+
+
 def test_micro_batches_give_the_losses_and_norms_of_the_whole_batch(straight, tmp_path):
     run(arguments(tmp_path / "run", "train.micro_batch_size=8"))
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=1e-5)
@@ -191,14 +200,19 @@ def test_an_unfinished_run_of_another_config_is_refused(straight, tmp_path):
     assert "optimizer.lr: 0.001 -> 0.5" in output and "Traceback" not in output
 
 
-def test_changed_data_is_refused_on_resume(emoji_copy, tmp_path):
+def test_moved_data_is_taken_on_resume_and_changed_data_refused(emoji_copy, tmp_path):
     folder = tmp_path / "run"
     data = f"data.train=['{emoji_copy}']"
     run(arguments(folder, data, "train.steps=2"))
+    (folder / "status.json").write_text("")  # what a machine that loses power can leave
+    moved = emoji_copy.rename(tmp_path / "moved")
+    data = f"data.train=['{moved}']"
+    _, output = run(arguments(folder, data, "train.steps=2"))
+    assert "going on at step 2" in output
     (folder / "status.json").write_text(json.dumps({"state": "running"}))
-    manifest = json.loads((emoji_copy / "dataset.json").read_text())
+    manifest = json.loads((moved / "dataset.json").read_text())
     manifest["shards"] = manifest["shards"][:2]
-    (emoji_copy / "dataset.json").write_text(json.dumps(manifest))
+    (moved / "dataset.json").write_text(json.dumps(manifest))
     code, output = run(arguments(folder, data, "train.steps=2"), check=False)
     assert code == 2
     assert "was trained on other data" in output and "Traceback" not in output

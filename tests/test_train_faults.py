@@ -135,7 +135,7 @@ def test_only_the_lock_of_a_killed_build_is_removed(tmp_path):
 def test_steps_that_are_not_finite_are_logged_and_end_the_run(tmp_path):
     folder = tmp_path / "run"
     # The first update throws the weights out of fp32's range.
-    settings = ["optimizer.lr=1e30", "train.max_skipped_steps=3"]
+    settings = ["optimizer.lr=1e30", "train.max_skipped_steps=3", "optimizer.clip_norm=1.0"]
     code, output = run(arguments(folder, *settings, stage=0), ranks=2, check=False)
     assert code == 2 and "Traceback" not in output
     assert output.count("were not finite in 3 steps in a row, the last one step 3") == 1
@@ -171,6 +171,7 @@ def give_up(reason, report):
 ranks = find_ranks()
 dist.init_process_group("gloo")
 with Watchdog(ranks, 3.0, give_up, lambda: None) as watchdog:
+    print("watched", flush=True)
     for batch in range(4):
         watchdog.doing(f"loading batch {batch}")
         if (ranks.rank, batch) == (1, 2):
@@ -214,3 +215,27 @@ def test_the_rank_that_the_others_would_wait_for_is_named(fault, reason, tmp_pat
     finally:
         first.kill(), second.kill()
     assert re.search(rf"^{reason}$", output.read_text(), re.MULTILINE)
+
+
+def test_a_job_that_was_stopped_for_long_goes_on(tmp_path):
+    """Ctrl-Z and fg: the time in which nothing ran is held against nobody."""
+    script = tmp_path / "watched.py"
+    lines = "iter(sys.stdin.readline, '')"
+    script.write_text(WATCHED.replace("range(4)", lines).replace("FAULT", "pass"))
+    process = subprocess.Popen(
+        [sys.executable, script],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "watched\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(7)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(1.5)
+        output, _ = process.communicate("1\n", timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, output) == (0, "")

@@ -106,6 +106,12 @@ def tokenize_shard(folder: Path, shard, sources, tokenizer: str, plan: str, done
     return done, counts, found, len(samples) * len(sources)
 
 
+def has_texts(folder: Path, shard, source: Source) -> bool:
+    """Whether a store has a text for any sample of a shard."""
+    texts_of = _ShardTexts(folder / shard.name, SamplesTable(folder / f"{shard.stem}.samples"))
+    return len(_store(source.place).find(texts_of.identities(source.identity))[1]) > 0
+
+
 def _has_checksum(path: Path, checksum: str) -> bool:
     try:
         table = CaptionsTable(path)

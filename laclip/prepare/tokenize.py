@@ -26,6 +26,7 @@ from laclip.prepare.captions import (
     MAX_TOKENS,
     Source,
     VariantCount,
+    has_texts,
     tokenize_shard,
 )
 from laclip.prepare.folder import (
@@ -131,6 +132,7 @@ def tokenize(
     work.mkdir()
     try:
         sources = _sources(dataset, kept, rewrites, original_csv, join, work, jobs)
+        _check_found(dataset, sources)
         checksums, counts, unmatched = _write_captions(
             dataset, sources, tokenizer, fingerprint, jobs, ray
         )
@@ -181,6 +183,18 @@ def _sources(dataset, kept, rewrites, original_csv, join, work: Path, jobs: int)
     for number, (checksum, _) in zip(files, in_order(checksums), strict=True):
         sources[number] = replace(sources[number], checksum=checksum)
     return sources
+
+
+def _check_found(dataset, sources: list[Source]) -> None:
+    """Rewrites of other samples than these would leave training with the originals alone."""
+    for source in sources:
+        if source.kind == "store" and not any(
+            has_texts(dataset.path, shard, source) for shard in dataset.shards
+        ):
+            raise ValueError(
+                f"--rewrites {source.name}: no sample of {dataset.path} finds a text by its "
+                f"{source.identity}. The first sample's key is {dataset.samples(0).key(0)!r}"
+            )
 
 
 def _build(place: Path, path: Path, original_csv: Path | None, join: str) -> tuple[int, int]:
