@@ -168,7 +168,7 @@ def _counts(counts: dict[str, Any]) -> list[str]:
     lines = [f"  {'images':24}{counts['n']:9,}"]
     broken, ignored = counts["undecodable_images"], counts["ignored_files"]
     if counts["flagged"]:
-        lines.append(f"  {'left out, flagged as bad':24}{counts['flagged']:9,}")
+        lines.append(f"  {'left out: bad, no caption':24}{counts['flagged']:9,}")
     if broken:
         lines.append(f"  {'left out, do not decode':24}{len(broken):9,}")
         lines += [f"    {name}: {reason}" for name, reason in list(broken.items())[:5]]

@@ -17,7 +17,7 @@ class ImageSet:
     names: of each image, for people. places: file, offset and bytes (-1: all). classes: names of
     the class folders, or "0", "1", ... where tars number them. labels: each image's class.
     captions: of each image, where the set is for retrieval. ignored: files that are no images.
-    flagged: images that `laclip index` found to be bad, not among these.
+    flagged: images that are bad by the index, or have no caption; not among these.
     """
 
     path: Path

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from laclip.config import DataConfig, TaskConfig
-from laclip.dataset import Dataset, open_dataset
+from laclip.dataset import BAD, CAPTION_MISSING, Dataset, open_dataset
 from laclip.evaluation.features import BATCHES_IN_FLIGHT, Encode, encode_images, encode_texts
 from laclip.images import ImagePipeline
 from laclip.parallel import Ranks, from_first
@@ -18,7 +18,7 @@ from laclip.tokenizer import Tokenizer
 class HeldOutSet:
     """A dataset as an evaluation task sees it: its good images and their distinct captions.
 
-    samples: (shard, index) of every image that is not flagged. token_ids: int32
+    samples: (shard, index) of every image that is not flagged and has a caption. token_ids: int32
     `[texts, context_length]`, the distinct original captions. text_of: `[images]`, which caption
     belongs to each image.
     """
@@ -34,7 +34,7 @@ class HeldOutSet:
         for shard in range(len(dataset.shards)):
             captions = dataset.captions(shard)
             for index, record in enumerate(dataset.samples(shard).records):
-                if record["flags"] & 1:  # bad
+                if record["flags"] & BAD or captions.flags(index, 0) & CAPTION_MISSING:
                     continue
                 tokens = tuple(int(token) for token in captions.tokens(index, 0))
                 tokens = tokens[: context_length - len(start) - 1]

@@ -66,7 +66,8 @@ def _distinct_texts(
 def _open_dataset(model: TrainedModel, path: Path) -> tuple[ImageSet, np.ndarray, torch.Tensor]:
     dataset = open_dataset(path)
     held_out = HeldOutSet(dataset, model.tokenizer, model.config.model.text.context_length)
-    images = ImageSet(path, flagged=sum(shard.bad for shard in dataset.shards))
+    total = sum(shard.samples for shard in dataset.shards)
+    images = ImageSet(path, flagged=total - len(held_out.samples))
     tables = [dataset.samples(shard) for shard in range(len(dataset.shards))]
     for shard, index in held_out.samples:
         record = tables[shard].records[index]
