@@ -13,6 +13,7 @@ from PIL import Image
 from laclip import _native
 from laclip.config import DataConfig
 from laclip.dataset import REASONS, open_dataset
+from laclip.evaluation.held_out import HeldOutSet
 from laclip.loader import BROKEN, DataError, Loader
 from laclip.prepare.index import index
 from laclip.prepare.tokenize import tokenize
@@ -239,6 +240,8 @@ def test_an_image_with_a_blank_caption_is_not_used(dataset, caption):
     assert sum(batch.substitutes for batch in found) == 1
     assert not any(VICTIM in batch.samples for batch in found)
     assert all((batch.captions.lengths > 2).all() for batch in found)
+    held_out = HeldOutSet(open_dataset(folder), load_tokenizer(), 77)
+    assert VICTIM not in [index for _, index in held_out.samples] and "" not in held_out.texts
 
 
 def test_an_image_above_max_pixels_is_refused_before_decoding(dataset, tmp_path):
