@@ -125,9 +125,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
+def _score(checkpoint: Path) -> float | None:
+    """The score saved with it, None without one or where it is damaged."""
+    try:
+        return read_state(checkpoint)["score"]
+    except (OSError, ValueError, KeyError, TypeError):  # told where a run would go on from it
+        return None
+
+
 def best_score(folder: Path) -> float:
     """The best score of a run's checkpoints, -inf where none has one."""
-    scores = [read_state(path)["score"] for path in list_checkpoints(folder)]
+    scores = [_score(path) for path in list_checkpoints(folder)]
     return max((score for score in scores if score is not None), default=float("-inf"))
 
 
@@ -142,7 +150,7 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     for path in folder.glob(f"step_*{_TEMPORARY}"):
         shutil.rmtree(path, ignore_errors=True)
     paths, best = list_checkpoints(folder), best_score(folder)
-    kept = {*paths[-keep:], *[path for path in paths if read_state(path)["score"] == best][:1]}
+    kept = {*paths[-keep:], *[path for path in paths if _score(path) == best][:1]}
     for path in (path for path in paths if path not in kept):
         # Renamed first: a deletion that is interrupted leaves no half checkpoint.
         doomed = path.with_name(path.name + _TEMPORARY)

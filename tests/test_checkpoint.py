@@ -25,3 +25,12 @@ def test_the_newest_two_and_the_first_best_are_kept(scores, kept, tmp_path):
     prune_checkpoints(tmp_path, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_{s:08d}" for s in kept]
     assert best_score(tmp_path) == best and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_damaged_checkpoint_among_the_older_ones_is_no_obstacle(tmp_path):
+    for step, text in {1: '{"step": 1, "score": 0.5}', 2: "", 3: '{"step": 3}', 4: "[]"}.items():
+        (tmp_path / f"step_{step:08d}").mkdir()
+        (tmp_path / f"step_{step:08d}" / "state.json").write_text(text)
+    assert best_score(tmp_path) == 0.5
+    prune_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001", "step_00000004"]
