@@ -78,9 +78,10 @@ def open_clip_arguments(
 
 def run_open_clip(folder: Path, arguments: list[str]) -> None:
     """In a process of its own, beside open_clip's packages."""
+    import open_clip
+
     if importlib.util.find_spec("pandas") is None:  # which its CSV data sets alone use
         sys.modules["pandas"] = ModuleType("pandas")
-    import open_clip
     from open_clip_train.main import main as train
 
     open_clip.add_model_config(folder)
@@ -153,7 +154,7 @@ def main() -> None:
         ours = [str(Path(sys.executable).with_name("deepspeed")), "laclip/train.py"]
         ours += ["--deepspeed_config", "configs/deepspeed/zero1.json", "--config", str(CONFIG)]
         ours += ["--set", f"run.folder={folder / 'ours'}", f"run.seed={options.seed}"]
-        ours += [f"train.epochs={options.epochs}"]
+        ours += [f"train.epochs={options.epochs}", "optimizer.end_lr=0"]  # as open_clip's
         os.environ.setdefault("DS_ACCELERATOR", DEVICE.type)
         jobs = {
             "laclip": (ours, folder / "ours" / "model.pt"),
