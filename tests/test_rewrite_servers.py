@@ -166,6 +166,26 @@ def test_failures_are_told_once_in_a_while(serve, monkeypatch, capsys):
     assert f"{server.url}: 503" in line and KEY not in said
 
 
+def test_failures_after_the_run_has_ended_are_not_told(serve, capsys):
+    ended = threading.Event()
+
+    def fault(number, caption):
+        if number:
+            ended.wait(60)
+        return 503 if number else 401
+
+    before = set(threading.enumerate())
+    server = serve(fault)
+    with pytest.raises(ValueError, match="401"):
+        list(engine(server.url, in_flight=4).answers(requests(8)))
+    ended.set()
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.endswith("(_work)"):
+            thread.join(60)
+            assert not thread.is_alive()
+    assert "trying again" not in capsys.readouterr().err
+
+
 def test_a_request_waits_before_it_is_tried_again_however_idle_the_client_is(serve):
     ill_until = time.monotonic() + 0.5  # of 8 tries without a pause none would be left
     server = serve(lambda number, caption: 503 if time.monotonic() < ill_until else None)

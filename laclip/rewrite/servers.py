@@ -145,6 +145,8 @@ class Servers:
         request.tries += 1
         reason = self._hidden(f"{url}: {reason}")
         with self._wake:
+            if self._closed:  # the run has ended: nobody waits for this request any more
+                return
             self._failures += 1
             if time.monotonic() - self._told >= TOLD_SECONDS:
                 self._told = time.monotonic()
