@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from train_job import PATIENCE, Job, arguments, environment, free_port, metrics, run, status
@@ -28,6 +29,9 @@ def test_the_launchers_end_stops_all_ranks_with_a_checkpoint(tmp_path):
         found = status(job.folder)
         assert found["state"] == "resumable" and found["step"] > 0
         assert found["reason"].startswith("stopped")
+        assert not list(
+            Path("/dev/shm").glob(f"*_{job.port}_*")
+        )  # memory for ever, until it is full
 
 
 def test_a_killed_rank_ends_the_job_at_once_with_its_name(tmp_path):

@@ -141,15 +141,15 @@ class Job:
     """
 
     def __init__(self, words, ranks=2, launcher=False, output=None, pause=0):
-        env, self.pause = environment(), pause
+        env, self.pause, self.port = environment(), pause, free_port()
         if pause:
             words = ["-c", PAUSED, str(pause), *words]
         if launcher:
-            commands = [[BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", free_port()]]
+            commands = [[BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", self.port]]
             variables = [{}]
         else:
             commands = [[sys.executable]] * ranks
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
             env |= {"SLURM_NTASKS": str(ranks)}
             variables = [
                 {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)
