@@ -67,7 +67,7 @@ def test_a_cluster_writes_the_same_files_even_when_a_worker_dies(ray_environment
         server.deadly = "caption 30 of shard 4"
         command = [sys.executable, "-c", RUN, "rewrite", str(folder), str(tmp_path / "cluster")]
         run = subprocess.run(
-            [*command, *words, "--ray"], env=ray_environment, cwd=tmp_path, timeout=300,
+            [*command, *words, "--ray"], env=ray_environment, cwd=tmp_path, timeout=900,
             capture_output=True, text=True,
         )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
