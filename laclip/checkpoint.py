@@ -164,7 +164,8 @@ def newest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]
     Under another name they take no newer checkpoint's place among those that are kept.
     """
     for path in reversed(from_first(list_checkpoints(folder))):
-        problems = [text for texts in gather_objects(_damage(path, ranks)) for text in texts]
+        found = gather_objects(_damage(path, ranks))
+        problems = list(dict.fromkeys(text for texts in found for text in texts))
         if not problems:
             return path, read_state(path)
         if ranks.is_first:
@@ -325,8 +326,10 @@ def _damage(path: Path, ranks: Ranks) -> list[str]:
         if missing:
             return [f"{name} is missing" for name in missing] if ranks.is_first else []
         found = _checksums(path, sorted(manifest), ranks, sync=False)
-    except (OSError, json.JSONDecodeError) as error:
+    except OSError as error:
         return [str(error)]
+    except ValueError as error:  # no JSON, or bytes that are no text
+        return [f"manifest.json cannot be read: {error}"]
     return [f"{name} is not as it was written" for name in found if found[name] != manifest[name]]
 
 

@@ -69,7 +69,7 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
 def _is_finished(folder: Path) -> bool:
     try:
         return json.loads((folder / "status.json").read_text())["state"] == "finished"
-    except (FileNotFoundError, json.JSONDecodeError):  # empty where the machine lost power
+    except (FileNotFoundError, ValueError):  # empty where the machine lost power
         return False
 
 

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from laclip.checkpoint import best_score, list_checkpoints, prune_checkpoints
+from laclip.checkpoint import _damage, best_score, list_checkpoints, prune_checkpoints
+from laclip.parallel import Ranks
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,10 @@ def test_a_damaged_checkpoint_among_the_older_ones_is_no_obstacle(tmp_path):
     assert best_score(tmp_path) == 0.5
     prune_checkpoints(tmp_path, keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001", "step_00000004"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", bytes(range(256))])
+def test_a_manifest_that_cannot_be_read_is_damage(content, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(content)
+    (problem,) = _damage(tmp_path, Ranks(0, 1, 0, torch.device("cpu")))
+    assert problem.startswith("manifest.json cannot be read")
