@@ -189,7 +189,13 @@ def test_what_cannot_be_probed_is_refused(trained, halves, families, tmp_path, c
     (tmp_path / "robots").mkdir()
     (tmp_path / "robots" / "robot").symlink_to(test / "man")
     message = told("linear-probe", train, tmp_path / "robots")
-    assert "1 of its classes are not in" in message and "robot" in message
+    assert "1 of its classes have no image in" in message and "robot" in message
+    image = next(iter(families["man"].values()))
+    for name, labels in (("gap", (0, 2)), ("whole", (0, 1, 2))):
+        members = {f"{n}.jpg": image for n in labels} | {f"{n}.cls": b"%d" % n for n in labels}
+        write_tar(tmp_path / name / "0.tar", members)
+    message = told("linear-probe", tmp_path / "gap", tmp_path / "whole")
+    assert "1 of its classes have no image in" in message and ": 1. Give" in message
     single = write_folders(
         tmp_path / "single",
         {word: dict([next(iter(own.items()))]) for word, own in families.items()},

@@ -24,10 +24,11 @@ def linear_probe(model: TrainedModel, train: Path, test: Path) -> dict[str, Any]
     """Scores in `test` of a classifier fitted on the images in `train`."""
     known = open_labelled(train)
     asked = open_labelled(test)
-    strangers = sorted({asked.classes[label] for label in asked.labels} - set(known.classes))
+    fitted_classes = {known.classes[label] for label in known.labels}  # of numbers some may lack
+    strangers = sorted({asked.classes[label] for label in asked.labels} - fitted_classes)
     if strangers:
         raise ValueError(
-            f"'{test}': {len(strangers)} of its classes are not in '{train}': "
+            f"'{test}': {len(strangers)} of its classes have no image in '{train}': "
             f"{', '.join(strangers[:5])}. Give both the same folders or numbers"
         )
     number_of = {name: number for number, name in enumerate(known.classes)}
@@ -187,6 +188,7 @@ def fit(
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=MAX_ITERATIONS,
+        max_eval=100 * MAX_ITERATIONS,  # torch's own limit would pass for convergence
         tolerance_grad=1e-6,
         line_search_fn="strong_wolfe",
     )
