@@ -125,7 +125,7 @@ def test_what_holds_no_captions_is_refused(trained, emoji_copy, tmp_path, capsys
 
     assert "there is no such folder" in told(tmp_path / "nowhere")
     (tmp_path / "bare").mkdir()
-    assert "found no *.tar" in told(tmp_path / "bare")
+    assert "found neither dataset.json nor *.tar" in told(tmp_path / "bare")
     write_tar(tmp_path / "classes" / "0.tar", {"x.jpg": b"image", "x.cls": b"1"})
     assert "'x' has no .txt" in told(tmp_path / "classes")
     write_tar(tmp_path / "empty" / "0.tar", {"x.jpg": b"image", "x.txt": b"\n"})

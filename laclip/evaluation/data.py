@@ -48,7 +48,10 @@ def open_captioned(path: Path) -> ImageSet:
     """Images with captions: tars of .txt files, one caption a line."""
     shards = find_shards(path)
     if not shards:
-        raise ValueError(f"'{path}': found no *.tar, expected tars with KEY.jpg and KEY.txt")
+        raise ValueError(
+            f"'{path}': found neither dataset.json nor *.tar, expected a laclip dataset, or tars "
+            "with KEY.jpg and KEY.txt"
+        )
     images = ImageSet(path)
     for name, place, text in _members(path, shards, "txt", "its captions, one a line"):
         captions = [line.strip() for line in text.splitlines() if line.strip()]
@@ -101,7 +104,14 @@ def _find_class_folders(path: Path) -> ImageSet:
                     images.labels.append(label)
                 else:
                     images.ignored.append(str(file.relative_to(path)))
-        if len(images.places) == before:
+        holders = {file.parent for file, *_ in images.places[before:]}
+        if len(holders) > 1 and path / name not in holders:
+            raise ValueError(
+                f"'{path / name}': found {len(holders)} folders of images and no image beside "
+                "them, expected the images of one class. If its folders are the classes, give it "
+                f"instead of '{path}'"
+            )
+        if not holders:
             raise ValueError(
                 f"'{path / name}': found no image, expected those of class {name!r} "
                 f"({', '.join(IMAGE_KINDS)}). Fill the folder or remove it"
