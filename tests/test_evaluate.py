@@ -226,6 +226,12 @@ def one_folder_too_high(data):
     return data.parent / "set"
 
 
+def one_class(data):
+    (data.parent / "set").mkdir()
+    next(data.iterdir()).rename(data.parent / "set" / "robot")
+    return data.parent / "set"
+
+
 def unknown_wnid(data):
     for folder, wnid in zip(list(data.iterdir()), [WNIDS[0][0], "n99999999"]):
         folder.rename(data.parent / wnid)
@@ -253,6 +259,7 @@ def nothing_decodes(data):
         (empty_class, "zebra_class': found no image"),
         (no_folders, "found neither folders nor tars"),
         (one_folder_too_high, "val': found 24 folders of images and no image beside them"),
+        (one_class, "has one class, 'robot', expected at least two"),
         (unknown_wnid, "1 of its 2 folders are WordNet ids that ImageNet-1k does not have: n99999"),
         (names_of_another_set, "names 2 classes, '"),
         (nothing_decodes, "none of its 48 images decodes"),

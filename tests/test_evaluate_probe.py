@@ -204,5 +204,10 @@ def test_what_cannot_be_probed_is_refused(trained, halves, families, tmp_path, c
     assert "has 3 classes, --ways asks for 5" in told("few-shot", train)
     message = told("few-shot", train, "--ways", 3, "--shots", 30)
     assert "fewer than 30 + 15 images" in message and "has 40" in message
+    broken = {str(number): b"no image" for number in range(20)}
+    data = write_folders(tmp_path / "broken", families | {"robot": broken})
+    assert "'robot' has 0. Ask" in told("few-shot", data, "--ways", 3)
+    message = told("linear-probe", tmp_path / "robots", tmp_path / "robots")
+    assert "has images of one class, expected at least two" in message
     assert "--ways: expected at least 2" in told("few-shot", train, "--ways", 1)
     assert "--episodes: expected at least 2" in told("few-shot", train, "--episodes", 1)
