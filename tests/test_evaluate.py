@@ -291,6 +291,8 @@ def test_tars_that_cannot_be_scored_are_refused(fresh, drawings, tmp_path, capsy
         (data / "1.tar").write_bytes(content)
     write_tar(data / "1.tar", {"x.jpg": b"image", "x.txt": b"a caption"})
     assert "'x' has no .cls" in told(data)
+    write_tar(data / "1.tar", {"x.jpg": b"image", "x.png": b"its mask", "x.cls": b"0"})
+    assert "'x' has two images" in told(data)
     write_tar(data / "1.tar", {"x.jpg": b"image", "x.cls": b"zebra"})
     assert "holds 'zebra', expected a class's number" in told(data)
 

@@ -87,7 +87,7 @@ def test_a_dataset_scores_as_its_tars_and_as_the_training_job_does(trained, tmp_
         assert scores["chance"] == pytest.approx(found[direction]["chance"])
 
 
-def test_broken_images_go_with_their_texts(trained, drawings, captioned, emoji_copy):
+def test_broken_images_go_with_their_texts(trained, captioned):
     expected = evaluate(trained, "retrieval", captioned)
     texts = b"no image has this\na drawing of nothing\n"
     write_tar(captioned / "2.tar", {"broken.jpg": b"no image", "broken.txt": texts})

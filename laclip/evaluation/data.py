@@ -77,7 +77,8 @@ def find_shards(path: Path) -> list[Path]:
     if announced.is_file() and announced.read_text().strip() != str(len(shards)):
         raise ValueError(
             f"'{path}': found {len(shards)} tars, {announced} says "
-            f"{announced.read_text().strip()}. Download the others"
+            f"{announced.read_text().strip()}. Download what is missing, or remove what is not "
+            "of this set"
         )
     return shards
 
@@ -150,6 +151,8 @@ def _members(path: Path, shards: list[Path], kind: str, meaning: str):
                     if extension.lower() == kind:
                         texts[key] = tar.extractfile(member).read().decode()  # type: ignore
                     elif extension.lower() in IMAGE_KINDS:
+                        if key in places:
+                            raise ValueError(f"'{shard}': {key!r} has two images, expected one")
                         places[key] = shard, member.offset_data, member.size
         except (tarfile.TarError, UnicodeDecodeError) as error:
             raise ValueError(f"'{shard}' cannot be read: {error}. Download it again") from None
