@@ -161,7 +161,8 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 def newest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
     """The newest undamaged checkpoint and its state; damaged ones are named and set aside.
 
-    Under another name they take no newer checkpoint's place among those that are kept.
+    Under another name they take no newer checkpoint's place among those that are kept. Raises
+    JointError where all are damaged: whether to lose the run's steps is not decided here.
     """
     for path in reversed(from_first(list_checkpoints(folder))):
         found = gather_objects(_damage(path, ranks))
@@ -176,6 +177,11 @@ def newest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]
             )
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+    if from_first(any(folder.glob("damaged_step_*"))):
+        raise JointError(
+            f"'{folder}' holds damaged checkpoints alone. Bring back a whole one, or delete them "
+            "to begin anew"
+        )
     return None
 
 
