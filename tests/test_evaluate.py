@@ -246,6 +246,13 @@ def names_of_another_set(data):
     return data
 
 
+def names_in_another_order(data):
+    names = sorted(folder.name.replace("_", " ").title() for folder in data.iterdir())
+    names[1:3] = reversed(names[1:3])
+    (data.parent / "classnames.txt").write_text("\n".join(names))
+    return data
+
+
 def nothing_decodes(data):
     for file in data.rglob("*.jpg"):
         file.write_bytes(b"broken")
@@ -262,6 +269,7 @@ def nothing_decodes(data):
         (one_class, "has one class, 'robot', expected at least two"),
         (unknown_wnid, "1 of its 2 folders are WordNet ids that ImageNet-1k does not have: n99999"),
         (names_of_another_set, "names 2 classes, '"),
+        (names_in_another_order, "' line 2: '"),
         (nothing_decodes, "none of its 48 images decodes"),
     ],
 )
