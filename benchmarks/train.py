@@ -177,7 +177,7 @@ def our_batches(dataset: Path, size: int, batch: int, device: str) -> Iterator[B
 
     loader = Loader(
         [open_dataset(dataset)],
-        DataConfig(),
+        DataConfig(captions="original"),
         load_tokenizer(),
         seed=0,
         global_batch_size=batch,

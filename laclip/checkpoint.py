@@ -161,10 +161,12 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 def newest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
     """The newest undamaged checkpoint and its state; damaged ones are named and set aside.
 
-    Under another name they take no newer checkpoint's place among those that are kept.
+    Under another name they take no newer checkpoint's place among those that are kept. Raises
+    JointError where all are damaged: whether to lose the run's steps is not decided here.
     """
     for path in reversed(from_first(list_checkpoints(folder))):
-        problems = [text for texts in gather_objects(_damage(path, ranks)) for text in texts]
+        found = gather_objects(_damage(path, ranks))
+        problems = list(dict.fromkeys(text for texts in found for text in texts))
         if not problems:
             return path, read_state(path)
         if ranks.is_first:
@@ -175,6 +177,11 @@ def newest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]
             )
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+    if from_first(any(folder.glob("damaged_step_*"))):
+        raise JointError(
+            f"'{folder}' holds damaged checkpoints alone. Bring back a whole one, or delete them "
+            "to begin anew"
+        )
     return None
 
 
@@ -325,8 +332,10 @@ def _damage(path: Path, ranks: Ranks) -> list[str]:
         if missing:
             return [f"{name} is missing" for name in missing] if ranks.is_first else []
         found = _checksums(path, sorted(manifest), ranks, sync=False)
-    except (OSError, json.JSONDecodeError) as error:
+    except OSError as error:
         return [str(error)]
+    except ValueError as error:  # no JSON, or bytes that are no text
+        return [f"manifest.json cannot be read: {error}"]
     return [f"{name} is not as it was written" for name in found if found[name] != manifest[name]]
 
 

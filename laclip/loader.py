@@ -144,7 +144,7 @@ class Loader:
         self._max_bad_fraction = data.max_bad_fraction
         self._bad_log = bad_log
         self._in_flight: deque[_native.Batch] = deque()
-        self._samples_read = 0
+        self._start = start
         self._found_bad = 0
         self._new_bad: dict[int, str] = {}
         self._prepared: LoadedBatch | DataError | None = None
@@ -200,7 +200,6 @@ class Loader:
                 self._replace(error)
         batch = self._in_flight.popleft()
         shape = (batch.variants, batch.size) if self._multi else (batch.size,)
-        self._samples_read += batch.size
         return LoadedBatch(
             index=batch.index,
             images=images,
@@ -254,7 +253,7 @@ class Loader:
         self.mark_bad(found)
         self._new_bad |= found
         self._found_bad += len(found)
-        read = self._samples_read + batch.size
+        read = (batch.index + 1 - self._start) * batch.size
         # What the fraction makes likely and what chance adds to it: the first of many ranks that
         # meets two bad images early must not end a run whose data is better than was asked for.
         likely = self._max_bad_fraction * read

@@ -111,7 +111,8 @@ def render_report(folder: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    text = path.read_text() if path.exists() else ""
+    return json.loads(text) if text else {}  # empty where the machine lost power
 
 
 def _summary(records: list[dict], status: dict, config: str) -> str:

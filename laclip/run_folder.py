@@ -14,6 +14,8 @@ from laclip.config import Config, differences, dump_config, load_config
 from laclip.metrics import say
 from laclip.parallel import JointError, Ranks, from_first
 
+_FIRST = (".lock", "config.toml.partial")  # all that a full disk may leave of a start
+
 
 def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> Any:
     """Decide what the run's folder means for this run; all ranks agree. Returns the held lock."""
@@ -34,13 +36,16 @@ def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> An
 def open_folder(folder: Path, config: Config, resume: bool) -> Any:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.folder: '{folder}' is a file, expected a folder or nothing")
-    if _is_finished(folder) and not resume:
+    status = _read_status(folder)
+    if status.get("state") == "finished" and not resume:
         number = 1
         while folder.with_name(f"{folder.name}.{number}").exists():
             number += 1
         kept = folder.rename(folder.with_name(f"{folder.name}.{number}"))
         print(f"laclip: the finished run in '{folder}' is kept as '{kept}'")
-    elif folder.is_dir() and any(folder.iterdir()) and not (folder / "config.toml").exists():
+    elif not (folder / "config.toml").exists() and any(
+        path.name not in _FIRST for path in (folder.iterdir() if folder.is_dir() else ())
+    ):
         raise ValueError(
             f"run.folder: '{folder}' holds files but no run. Choose another: --set run.folder=..."
         )
@@ -53,7 +58,8 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
     stored = folder / "config.toml"
     if stored.exists():
         changed = differences(load_config(stored), config)
-        if changed:
+        begun = status.get("step") is not None or (folder / "metrics.jsonl").exists()
+        if changed and begun:
             raise ValueError(
                 f"run.folder: '{folder}' holds an unfinished run of another configuration "
                 f"({'; '.join(changed)}). Go on with it (--resume {folder}), or choose another "
@@ -66,11 +72,11 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
     return lock
 
 
-def _is_finished(folder: Path) -> bool:
+def _read_status(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "status.json").read_text())["state"] == "finished"
-    except (FileNotFoundError, json.JSONDecodeError):  # empty where the machine lost power
-        return False
+        return json.loads((folder / "status.json").read_text())
+    except (FileNotFoundError, ValueError):  # empty where the machine lost power
+        return {}
 
 
 def write_status(folder: Path, state: str, step: int | None, reason: str = "") -> None:

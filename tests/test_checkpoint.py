@@ -1,10 +1,30 @@
 """Which checkpoints of a run are kept."""
 
 import json
+import shutil
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from laclip.checkpoint import best_score, list_checkpoints, prune_checkpoints
+from laclip.checkpoint import (
+    _damage,
+    best_score,
+    list_checkpoints,
+    newest_checkpoint,
+    prune_checkpoints,
+)
+from laclip.parallel import JointError, Ranks
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def connected():
+    """This process as a job of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -34,3 +54,24 @@ def test_a_damaged_checkpoint_among_the_older_ones_is_no_obstacle(tmp_path):
     assert best_score(tmp_path) == 0.5
     prune_checkpoints(tmp_path, keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001", "step_00000004"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", bytes(range(256))])
+def test_a_manifest_that_cannot_be_read_is_damage(content, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(content)
+    (problem,) = _damage(tmp_path, ALONE)
+    assert problem.startswith("manifest.json cannot be read")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(connected, tmp_path):
+    assert newest_checkpoint(tmp_path, ALONE) is None
+    for step in (4, 8):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    for _ in range(2):  # nor at the next start
+        with pytest.raises(JointError, match="holds damaged checkpoints alone"):
+            newest_checkpoint(tmp_path, ALONE)
+    names = ["damaged_step_00000004", "damaged_step_00000008"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        shutil.rmtree(tmp_path / name)
+    assert newest_checkpoint(tmp_path, ALONE) is None

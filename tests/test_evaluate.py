@@ -152,6 +152,7 @@ def test_images_that_do_not_decode_are_counted_and_named(trained, drawings, fold
     (first / "b_empty.jpg").write_bytes(b"")
     (second / "c_text.png").write_text("no image at all")
     (second / "d_moving.gif").write_bytes(b"GIF89a\x01\x00\x01\x00\x00\x00\x00;")
+    (second / "e_\udce9.jpg").write_text("a name in Latin-1")
     (second / "notes.txt").write_text("not meant to be an image")
     (second / ".copies").mkdir()
     (second / ".copies" / "whole.jpg").write_bytes(whole)
@@ -159,14 +160,15 @@ def test_images_that_do_not_decode_are_counted_and_named(trained, drawings, fold
     scores = evaluate(trained, "zero-shot", folders)
     broken = {
         f"{first.name}/a_cut.jpg", f"{first.name}/b_empty.jpg", f"{second.name}/c_text.png",
-        f"{second.name}/d_moving.gif",
+        f"{second.name}/d_moving.gif", f"{second.name}/e_\udce9.jpg",
     }  # fmt: skip
-    assert set(scores["undecodable_images"]) == broken and scores["undecodable"] == 4
+    assert set(scores["undecodable_images"]) == broken and scores["undecodable"] == 5
+    assert "header" in scores["undecodable_images"][f"{second.name}/c_text.png"]
     assert scores["ignored_files"] == [f"{second.name}/notes.txt"]
     for key in ("top1", "top5", "mean_per_class", "n"):
         assert scores[key] == expected[key]
     printed = capsys.readouterr().out
-    assert "a_cut.jpg" in printed and "notes.txt" in printed
+    assert "a_cut.jpg" in printed and "notes.txt" in printed and r"e_\udce9.jpg" in printed
 
 
 def test_folders_named_by_numbers_follow_the_numbers(trained, drawings, tmp_path):
@@ -218,6 +220,18 @@ def no_folders(data):
     return data.parent / "bare"
 
 
+def one_folder_too_high(data):
+    (data.parent / "set").mkdir()
+    data.rename(data.parent / "set" / "val")
+    return data.parent / "set"
+
+
+def one_class(data):
+    (data.parent / "set").mkdir()
+    next(data.iterdir()).rename(data.parent / "set" / "robot")
+    return data.parent / "set"
+
+
 def unknown_wnid(data):
     for folder, wnid in zip(list(data.iterdir()), [WNIDS[0][0], "n99999999"]):
         folder.rename(data.parent / wnid)
@@ -229,6 +243,13 @@ def unknown_wnid(data):
 
 def names_of_another_set(data):
     (data / "classnames.txt").write_text("one\ntwo\n")
+    return data
+
+
+def names_in_another_order(data):
+    names = sorted(folder.name.replace("_", " ").title() for folder in data.iterdir())
+    names[1:3] = reversed(names[1:3])
+    (data.parent / "classnames.txt").write_text("\n".join(names))
     return data
 
 
@@ -244,8 +265,11 @@ def nothing_decodes(data):
         (no_such_folder, "nowhere': there is no such folder"),
         (empty_class, "zebra_class': found no image"),
         (no_folders, "found neither folders nor tars"),
+        (one_folder_too_high, "val': found 24 folders of images and no image beside them"),
+        (one_class, "has one class, 'robot', expected at least two"),
         (unknown_wnid, "1 of its 2 folders are WordNet ids that ImageNet-1k does not have: n99999"),
         (names_of_another_set, "names 2 classes, '"),
+        (names_in_another_order, "' line 2: '"),
         (nothing_decodes, "none of its 48 images decodes"),
     ],
 )
@@ -275,6 +299,8 @@ def test_tars_that_cannot_be_scored_are_refused(fresh, drawings, tmp_path, capsy
         (data / "1.tar").write_bytes(content)
     write_tar(data / "1.tar", {"x.jpg": b"image", "x.txt": b"a caption"})
     assert "'x' has no .cls" in told(data)
+    write_tar(data / "1.tar", {"x.jpg": b"image", "x.png": b"its mask", "x.cls": b"0"})
+    assert "'x' has two images" in told(data)
     write_tar(data / "1.tar", {"x.jpg": b"image", "x.cls": b"zebra"})
     assert "holds 'zebra', expected a class's number" in told(data)
 
@@ -295,6 +321,7 @@ def test_templates_and_models_that_cannot_be_used_are_refused(fresh, folders, tm
     assert "holds no config.toml, expected the folder of a finished run" in told(tmp_path)
     assert "--out: there is no folder" in told(fresh, "--out", tmp_path / "no" / "scores.json")
     assert "is a folder, expected a file's name" in told(fresh, "--out", tmp_path)
+    assert "--out: '/proc/x' cannot be written" in told(fresh, "--out", "/proc/x")
     if not torch.cuda.is_available():
         assert "Add --set model.attention=sdpa" in told(fresh, "--set", "model.attention=xformers")
     assert "model.embed_dim" in told(fresh, "--set", "model.embed_dimm=3")

@@ -189,7 +189,13 @@ def test_what_cannot_be_probed_is_refused(trained, halves, families, tmp_path, c
     (tmp_path / "robots").mkdir()
     (tmp_path / "robots" / "robot").symlink_to(test / "man")
     message = told("linear-probe", train, tmp_path / "robots")
-    assert "1 of its classes are not in" in message and "robot" in message
+    assert "1 of its classes have no image in" in message and "robot" in message
+    image = next(iter(families["man"].values()))
+    for name, labels in (("gap", (0, 2)), ("whole", (0, 1, 2))):
+        members = {f"{n}.jpg": image for n in labels} | {f"{n}.cls": b"%d" % n for n in labels}
+        write_tar(tmp_path / name / "0.tar", members)
+    message = told("linear-probe", tmp_path / "gap", tmp_path / "whole")
+    assert "1 of its classes have no image in" in message and ": 1. Give" in message
     single = write_folders(
         tmp_path / "single",
         {word: dict([next(iter(own.items()))]) for word, own in families.items()},
@@ -198,5 +204,10 @@ def test_what_cannot_be_probed_is_refused(trained, halves, families, tmp_path, c
     assert "has 3 classes, --ways asks for 5" in told("few-shot", train)
     message = told("few-shot", train, "--ways", 3, "--shots", 30)
     assert "fewer than 30 + 15 images" in message and "has 40" in message
+    broken = {str(number): b"no image" for number in range(20)}
+    data = write_folders(tmp_path / "broken", families | {"robot": broken})
+    assert "'robot' has 0. Ask" in told("few-shot", data, "--ways", 3)
+    message = told("linear-probe", tmp_path / "robots", tmp_path / "robots")
+    assert "has images of one class, expected at least two" in message
     assert "--ways: expected at least 2" in told("few-shot", train, "--ways", 1)
     assert "--episodes: expected at least 2" in told("few-shot", train, "--episodes", 1)

@@ -87,7 +87,7 @@ def test_a_dataset_scores_as_its_tars_and_as_the_training_job_does(trained, tmp_
         assert scores["chance"] == pytest.approx(found[direction]["chance"])
 
 
-def test_broken_images_go_with_their_texts(trained, drawings, captioned, emoji_copy):
+def test_broken_images_go_with_their_texts(trained, captioned):
     expected = evaluate(trained, "retrieval", captioned)
     texts = b"no image has this\na drawing of nothing\n"
     write_tar(captioned / "2.tar", {"broken.jpg": b"no image", "broken.txt": texts})
@@ -125,7 +125,7 @@ def test_what_holds_no_captions_is_refused(trained, emoji_copy, tmp_path, capsys
 
     assert "there is no such folder" in told(tmp_path / "nowhere")
     (tmp_path / "bare").mkdir()
-    assert "found no *.tar" in told(tmp_path / "bare")
+    assert "found neither dataset.json nor *.tar" in told(tmp_path / "bare")
     write_tar(tmp_path / "classes" / "0.tar", {"x.jpg": b"image", "x.cls": b"1"})
     assert "'x' has no .txt" in told(tmp_path / "classes")
     write_tar(tmp_path / "empty" / "0.tar", {"x.jpg": b"image", "x.txt": b"\n"})

@@ -187,6 +187,18 @@ def test_two_bad_images_in_the_first_batch_may_be_chance(emoji_copy):
     assert next(unlucky).substitutes == 2 and sorted(unlucky.bad_samples) == sorted(victims)
 
 
+def test_bad_images_are_held_against_the_samples_up_to_their_batch(emoji_copy):
+    """Batches are read ahead: the fourth is when the first has not been taken."""
+    ahead = DataConfig(max_bad_fraction=0.01, prefetch=4)
+    clean = loader(data=ahead)
+    victims = [sample for count in (5, 1, 1, 1) for sample in next(clean).samples[:count].tolist()]
+    damage(emoji_copy, victims)
+    damaged = loader(emoji_copy, ahead)
+    for _ in range(4):
+        next(damaged)
+    assert sorted(damaged.bad_samples) == sorted(victims)
+
+
 def test_where_no_bad_image_is_allowed_the_first_one_stops_the_run(emoji_copy):
     damage(emoji_copy, next(loader()).samples[:1].tolist())
     with pytest.raises(DataError, match=r"data\.max_bad_fraction: 1 of the first 64"):

@@ -8,6 +8,7 @@ laclip evaluate MODEL few-shot DATA
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.out is not None and not args.out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out: there is no folder '{args.out.absolute().parent}'")
-    if args.out is not None and args.out.is_dir():
-        raise ValueError(f"--out: '{args.out}' is a folder, expected a file's name")
+    if args.out is not None:
+        _check_writable(args.out)
     model = TrainedModel(args.model, args.set)
     if args.task == "zero-shot":
         scores = zero_shot(model, args.data, args.classnames, args.templates)
@@ -117,13 +116,31 @@ def run(args: argparse.Namespace) -> int:
         options = {name: getattr(args, name) for name in EPISODES}
         scores = few_shot(model, args.data, **options)
     scores = {"model": str(args.model), "task": args.task, **scores}
-    print(table(scores))
+    lines = [table(scores)]
     if args.out is not None:
+        # A file's name may hold bytes that are no text; JSON has the same escapes for them.
+        text = json.dumps(scores, indent=2, ensure_ascii=False).encode(errors="backslashreplace")
         temporary = args.out.with_name(args.out.name + ".partial")
-        temporary.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_bytes(text + b"\n")
         temporary.rename(args.out)
-        print(f"all scores: '{args.out}'")
+        lines.append(f"all scores: '{args.out}'")
+    encoding = sys.stdout.encoding
+    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding))
     return 0
+
+
+def _check_writable(out: Path) -> None:
+    """Where scores could not be written is told before the work."""
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out: there is no folder '{out.absolute().parent}'")
+    if out.is_dir():
+        raise ValueError(f"--out: '{out}' is a folder, expected a file's name")
+    temporary = out.with_name(out.name + ".partial")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise ValueError(f"--out: '{out}' cannot be written: {error.strerror}") from None
 
 
 def table(scores: dict[str, Any]) -> str:
@@ -173,5 +190,6 @@ def _counts(counts: dict[str, Any]) -> list[str]:
         lines.append(f"  {'left out, do not decode':24}{len(broken):9,}")
         lines += [f"    {name}: {reason}" for name, reason in list(broken.items())[:5]]
     if ignored:
-        lines.append(f"  {'files that are no images':24}{len(ignored):9,}: {ignored[0]}, ...")
+        more = ", ..." if len(ignored) > 1 else ""
+        lines.append(f"  {'files that are no images':24}{len(ignored):9,}: {ignored[0]}{more}")
     return lines

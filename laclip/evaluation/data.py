@@ -48,7 +48,10 @@ def open_captioned(path: Path) -> ImageSet:
     """Images with captions: tars of .txt files, one caption a line."""
     shards = find_shards(path)
     if not shards:
-        raise ValueError(f"'{path}': found no *.tar, expected tars with KEY.jpg and KEY.txt")
+        raise ValueError(
+            f"'{path}': found neither dataset.json nor *.tar, expected a laclip dataset, or tars "
+            "with KEY.jpg and KEY.txt"
+        )
     images = ImageSet(path)
     for name, place, text in _members(path, shards, "txt", "its captions, one a line"):
         captions = [line.strip() for line in text.splitlines() if line.strip()]
@@ -74,7 +77,8 @@ def find_shards(path: Path) -> list[Path]:
     if announced.is_file() and announced.read_text().strip() != str(len(shards)):
         raise ValueError(
             f"'{path}': found {len(shards)} tars, {announced} says "
-            f"{announced.read_text().strip()}. Download the others"
+            f"{announced.read_text().strip()}. Download what is missing, or remove what is not "
+            "of this set"
         )
     return shards
 
@@ -101,7 +105,14 @@ def _find_class_folders(path: Path) -> ImageSet:
                     images.labels.append(label)
                 else:
                     images.ignored.append(str(file.relative_to(path)))
-        if len(images.places) == before:
+        holders = {file.parent for file, *_ in images.places[before:]}
+        if len(holders) > 1 and path / name not in holders:
+            raise ValueError(
+                f"'{path / name}': found {len(holders)} folders of images and no image beside "
+                "them, expected the images of one class. If its folders are the classes, give it "
+                f"instead of '{path}'"
+            )
+        if not holders:
             raise ValueError(
                 f"'{path / name}': found no image, expected those of class {name!r} "
                 f"({', '.join(IMAGE_KINDS)}). Fill the folder or remove it"
@@ -140,6 +151,8 @@ def _members(path: Path, shards: list[Path], kind: str, meaning: str):
                     if extension.lower() == kind:
                         texts[key] = tar.extractfile(member).read().decode()  # type: ignore
                     elif extension.lower() in IMAGE_KINDS:
+                        if key in places:
+                            raise ValueError(f"'{shard}': {key!r} has two images, expected one")
                         places[key] = shard, member.offset_data, member.size
         except (tarfile.TarError, UnicodeDecodeError) as error:
             raise ValueError(f"'{shard}' cannot be read: {error}. Download it again") from None

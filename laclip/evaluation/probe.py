@@ -1,5 +1,7 @@
 """Linear probe and few-shot: logistic regression on features before the projection."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,15 @@ def linear_probe(model: TrainedModel, train: Path, test: Path) -> dict[str, Any]
     """Scores in `test` of a classifier fitted on the images in `train`."""
     known = open_labelled(train)
     asked = open_labelled(test)
-    strangers = sorted({asked.classes[label] for label in asked.labels} - set(known.classes))
+    fitted_classes = {known.classes[label] for label in known.labels}  # of numbers some may lack
+    strangers = sorted({asked.classes[label] for label in asked.labels} - fitted_classes)
     if strangers:
         raise ValueError(
-            f"'{test}': {len(strangers)} of its classes are not in '{train}': "
+            f"'{test}': {len(strangers)} of its classes have no image in '{train}': "
             f"{', '.join(strangers[:5])}. Give both the same folders or numbers"
         )
+    if len(fitted_classes) < 2:
+        raise ValueError(f"'{train}' has images of one class, expected at least two to tell apart")
     number_of = {name: number for number, name in enumerate(known.classes)}
     features, labels, known_broken = _features(model, known, "training images")
     asked_features, asked_labels, asked_broken = _features(model, asked, "test images")
@@ -73,20 +78,11 @@ def few_shot(
     if episodes < 2:
         raise ValueError("--episodes: expected at least 2, as for an interval")
     images = open_labelled(path)
+    _check_enough(images, images.labels, ways, shots, queries)
     features, labels, broken = _features(model, images, "images")
-    rows = [(labels == label).nonzero()[:, 0] for label in range(len(images.classes))]
-    used = [(len(own), name) for own, name in zip(rows, images.classes) if len(own)]
-    if ways > len(used):
-        raise ValueError(f"'{path}' has {len(used)} classes, --ways asks for {ways} of them")
-    few = sorted(pair for pair in used if pair[0] < shots + queries)
-    if few:
-        raise ValueError(
-            f"'{path}': {len(few)} of its {len(used)} classes have fewer than {shots} + {queries} "
-            f"images (--shots + --queries); {few[0][1]!r} has {few[0][0]}. Ask for fewer, or leave "
-            "those classes out"
-        )
+    _check_enough(images, labels.tolist(), ways, shots, queries)
     features = F.normalize(features.double(), dim=1)
-    rows = [own for own in rows if len(own)]
+    rows = [(labels == label).nonzero()[:, 0] for label in sorted(set(images.labels))]
     generator = torch.Generator().manual_seed(seed)
     progress = Progress("episodes", episodes)
     accuracies = torch.empty(episodes, dtype=torch.float64)
@@ -105,7 +101,7 @@ def few_shot(
         progress.add(1)
     return {
         "data": str(path),
-        "classes": len(used),
+        "classes": len(rows),
         "ways": ways,
         "shots": shots,
         "queries": queries,
@@ -116,6 +112,23 @@ def few_shot(
         "chance": 1 / ways,
         **counts(images, broken),
     }
+
+
+def _check_enough(
+    images: ImageSet, labels: Sequence[int], ways: int, shots: int, queries: int
+) -> None:
+    """Raises ValueError where `labels`, of the images that are left, make no episode."""
+    found = Counter(labels)
+    used = sorted((found[label], images.classes[label]) for label in set(images.labels))
+    if ways > len(used):
+        raise ValueError(f"'{images.path}' has {len(used)} classes, --ways asks for {ways} of them")
+    few = [count for count, _ in used if count < shots + queries]
+    if few:
+        raise ValueError(
+            f"'{images.path}': {len(few)} of its {len(used)} classes have fewer than {shots} + "
+            f"{queries} images (--shots + --queries); {used[0][1]!r} has {few[0]}. Ask for fewer, "
+            "or leave those classes out"
+        )
 
 
 def fit_best(
@@ -187,6 +200,7 @@ def fit(
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=MAX_ITERATIONS,
+        max_eval=100 * MAX_ITERATIONS,  # torch's own limit would pass for convergence
         tolerance_grad=1e-6,
         line_search_fn="strong_wolfe",
     )

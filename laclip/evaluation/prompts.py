@@ -41,7 +41,25 @@ def find_class_names(images: ImageSet, given: Path | None) -> tuple[list[str], s
             f"folders ({', '.join(images.classes[:3])}, ...). Give as many names, in the folders' "
             "order: --classnames FILE"
         )
+    if not images.numbered:
+        _check_order(names, images, file)
     return names, str(file)
+
+
+def _check_order(names: list[str], images: ImageSet, file: Path) -> None:
+    """A list in another order would give classes each other's names, and pass for a bad model."""
+    folders = {_plain(folder): folder for folder in images.classes}
+    for number, (name, folder) in enumerate(zip(names, images.classes)):
+        if folders.get(_plain(name), folder) != folder:
+            raise ValueError(
+                f"'{file}' line {number + 1}: {name!r} would be the name of folder '{folder}', "
+                f"there is a folder '{folders[_plain(name)]}'. Give the names in the folders' "
+                "order: --classnames FILE"
+            )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", name).casefold()
 
 
 def find_templates(images: ImageSet, given: str | None) -> tuple[list[str], str]:
@@ -75,7 +93,7 @@ def _beside(folder: Path, name: str) -> Path | None:
 
 
 def _lines(file: Path, what: str) -> list[str]:
-    if not file.is_file():
+    if file.is_dir() or not file.exists():  # a pipe will do
         raise FileNotFoundError(
             f"'{file}': there is no such file, expected {what}, one a line"
             + (f" (or {' or '.join(TEMPLATES)})" if what == "templates" else "")

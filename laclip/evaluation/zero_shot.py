@@ -19,6 +19,10 @@ def zero_shot(
     """Scores of the images in `path` among all classes that have a name; see docs/evaluation.md."""
     images = open_labelled(path)
     names, names_source = find_class_names(images, classnames)
+    if len(names) < 2:
+        raise ValueError(
+            f"'{path}' has one class, {names[0]!r}, expected at least two to tell apart"
+        )
     prompts, templates_source = find_templates(images, templates)
     classes = class_features(model, names, prompts)
     features, undecodable = model.encode_images(images, "images")

@@ -1,0 +1,47 @@
+"""Whose a run's folder is."""
+
+import pytest
+
+from laclip.config import load_config
+from laclip.run_folder import open_folder, write_status
+
+FIRST, SECOND = (load_config(None, [f"optimizer.lr={rate}"]) for rate in ("1e-3", "2e-3"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+def test_a_run_that_has_begun_is_kept_from_another_configuration(folder):
+    open_folder(folder, FIRST, False).close()
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.001 -> 0\.002"):
+        open_folder(folder, SECOND, False)
+    (folder / "metrics.jsonl").unlink()
+    write_status(folder, "resumable", 4)
+    with pytest.raises(ValueError, match="holds an unfinished run of another configuration"):
+        open_folder(folder, SECOND, False)
+
+
+def test_a_mistake_that_ended_a_run_before_its_first_step_may_be_mended(folder):
+    open_folder(folder, FIRST, False).close()
+    write_status(folder, "resumable", None, "make no step")
+    open_folder(folder, SECOND, False).close()
+    assert load_config(folder / "config.toml") == SECOND
+
+
+def test_a_folder_in_which_a_start_failed_may_be_used(folder):
+    folder.mkdir()
+    for name in (".lock", "config.toml.partial"):
+        (folder / name).touch()
+    open_folder(folder, FIRST, False).close()
+    assert load_config(folder / "config.toml") == FIRST
+
+
+def test_files_of_another_kind_are_left_alone(folder):
+    folder.mkdir()
+    (folder / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds files but no run"):
+        open_folder(folder, FIRST, False)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
