@@ -10,16 +10,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))  # engine_ranks and train_job, which several tests share
 EMOJI = ROOT / "examples" / "emoji"
-# How long an example takes says something about the machine alone.
-settings.register_profile(
-    "laclip", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("laclip")
+if importlib.util.find_spec("hypothesis"):  # which the tests of the kernels do without
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes says something about the machine alone.
+    checks = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("laclip", settings(), **checks)
+    settings.load_profile("laclip")
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import plan_ranks
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from train_job import run_ranks
 
 from laclip.cli import main
 from laclip.config import load_config
@@ -31,24 +30,11 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     found = {}
     for world_size in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(world_size)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, plan_ranks.__file__, folder],
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-        assert not any(process.returncode for process in processes), "\n".join(outputs)
+        environment |= {"CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, plan_ranks.__file__, folder]
+        codes, outputs = run_ranks(command, environment, world_size)
+        assert not any(codes), "\n".join(outputs)
         found[world_size] = json.loads((folder / f"{world_size}.json").read_text())
     return found
 
