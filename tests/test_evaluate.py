@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from scored_model import evaluate, refuse, write_folders, write_run, write_tar
+from train_job import arguments, run
 
 from laclip.cli import main
 from laclip.config import load_config
@@ -17,7 +19,7 @@ from laclip.evaluation.data import open_labelled
 from laclip.evaluation.prompts import FOLDER
 from laclip.evaluation.ranking import places
 from laclip.evaluation.trained import TrainedModel
-from laclip.evaluation.zero_shot import class_features
+from laclip.evaluation.zero_shot import ClassSet
 
 ROOT = Path(__file__).parent.parent
 WNIDS = [line.split("\t") for line in (FOLDER / "imagenet_classes.tsv").read_text().splitlines()]
@@ -79,9 +81,26 @@ def test_scores_and_classifier_equal_open_clips_on_the_exported_weights(trained,
         assert scores["top1"] == expected["top1"] > 5 * scores["chance"]
         assert scores["top5"] == expected["top5"]
         lines = (FOLDER / f"templates_{templates}.txt").read_text().splitlines()
-        ours = class_features(TrainedModel(trained), names, lines)
+        classes = ClassSet(folders, templates=templates)
+        ours = classes.encode(partial(TrainedModel(trained).encode_texts, label="prompts"))
+        assert classes.names == names and classes.templates == lines
         assert len(lines) == count
         assert (ours - torch.tensor(expected["classifier"])).abs().max() < 2e-6
+
+
+def test_a_run_scores_classes_as_the_command_does(folders, tmp_path):
+    next(folders.glob("*/*.jpg")).write_bytes(b"no image")
+    task = f'evaluation.tasks={{classes={{data="{folders}",direction="zero_shot"}}}}'
+    _, out = run(arguments(tmp_path / "run", "train.steps=4", task, stage=3), ranks=2)
+    assert "zero-shot, top-1" in out
+    found = json.loads((tmp_path / "run" / "scores.json").read_text())["classes"]
+    expected = evaluate(tmp_path / "run", "zero-shot", folders)
+    assert found == {key: expected[key] for key in found} and found["undecodable"] == 1
+    assert {"top1", "top5", "mean_per_class", "chance", "n", "undecodable"} == found.keys()
+    examples = json.loads((tmp_path / "run" / "examples.json").read_text())["classes"]
+    names = [folder.name.replace("_", " ") for folder in folders.iterdir()]
+    assert all(example["caption"] in names for example in examples)
+    assert "zero-shot, top-1" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_tars_of_clip_benchmark_score_as_the_folders(trained, drawings, folders, tmp_path):

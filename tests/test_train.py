@@ -8,6 +8,8 @@ import signal
 import pytest
 from train_job import Job, arguments, losses, metrics, run, status
 
+from laclip.report import render_report
+
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
@@ -110,6 +112,10 @@ def test_slurms_processes_train_and_a_signal_to_one_stops_all(stopped):
     assert (found["state"], found["reason"]) == ("resumable", "stopped by SIGTERM")
     assert 5 <= found["step"] == len(metrics(folder)) < 8
     assert f"--resume {folder}" in output
+
+
+def test_the_report_of_an_unfinished_run_shows_its_scores_on_the_way(stopped):
+    assert "<!-- Held-out score: v -->" in render_report(stopped[0])
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(stopped):
@@ -251,6 +257,10 @@ BAD_INPUT = {
     "micro batch": (["train.micro_batch_size=5"], "5 does not divide the 32 samples"),
     "patch size": (["model.vision.patch_size=7"], "model.vision.image_size"),
     "missing task": (["evaluation.tasks={v={data='no/where'}}"], "no/where"),
+    "missing classes": (
+        ["evaluation.tasks={v={data='no/where',direction='zero_shot'}}"],
+        "'no/where': there is no such folder",
+    ),
     "attention": (["model.attention=xformers"], "xformers computes on a GPU alone"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),
     "no steps": (["train.steps=0"], "make no step"),
