@@ -58,7 +58,8 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
     stored = folder / "config.toml"
     if stored.exists():
         changed = differences(load_config(stored), config)
-        begun = status.get("step") is not None or (folder / "metrics.jsonl").exists()
+        left = [folder / name for name in ("metrics.jsonl", "checkpoints")]
+        begun = status.get("step") is not None or any(path.exists() for path in left)
         if changed and begun:
             raise ValueError(
                 f"run.folder: '{folder}' holds an unfinished run of another configuration "
