@@ -37,6 +37,8 @@ def linear_probe(model: TrainedModel, train: Path, test: Path) -> dict[str, Any]
         raise ValueError(f"'{train}' has images of one class, expected at least two to tell apart")
     number_of = {name: number for number, name in enumerate(known.classes)}
     features, labels, known_broken = _features(model, known, "training images")
+    if lost := sorted(set(known.labels) - set(labels.tolist())):
+        raise ValueError(f"'{train}': no image of class {known.classes[lost[0]]!r} decodes")
     asked_features, asked_labels, asked_broken = _features(model, asked, "test images")
     asked_labels = torch.tensor([number_of[name] for name in asked.classes])[asked_labels]
     fitted = fit_best(features, labels, len(known.classes), model.device)
