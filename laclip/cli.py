@@ -11,6 +11,7 @@ COMMANDS = {
     "verify": ("laclip.prepare.verify", "check every file of a dataset against every other"),
     "rewrite": ("laclip.rewrite.command", "make rewrites of captions with a language model"),
     "evaluate": ("laclip.evaluation.command", "zero-shot, retrieval, linear probe, few-shot"),
+    "plan": ("laclip.plan", "memory, time and disk of a run before it starts"),
     "report": ("laclip.report", "one HTML page of a run"),
     "import": ("laclip.import_weights", "weights of other projects, for model.weights"),
     "export": ("laclip.export_weights", "a run's weights for other projects"),

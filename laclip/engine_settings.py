@@ -85,6 +85,9 @@ def prepare_cpu(ranks: Ranks) -> None:
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # The launcher's word that all ranks are on one machine. For it DeepSpeed takes 66 MiB a rank of
+    # /dev/shm, which it leaves behind, for an operation of inference that training never calls.
+    os.environ.pop("LOCAL_SIZE", None)
     built = Path(sys.prefix) / "torch_extensions"  # by requirements/build_deepspeed_op.py
     if built.is_dir():
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))

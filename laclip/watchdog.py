@@ -89,6 +89,7 @@ class Watchdog:
         if not ranks.is_first:
             self._add(socket.create_connection((host, port), timeout=60), 0)
             self._send("hello", self._token, ranks.rank)
+        self._advanced_at = time.monotonic()  # the others may have kept this one waiting
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 

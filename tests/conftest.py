@@ -6,13 +6,20 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))  # engine_ranks and train_job, which several tests share
 EMOJI = ROOT / "examples" / "emoji"
+# How long an example takes says something about the machine alone.
+settings.register_profile(
+    "laclip", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("laclip")
 
 
 @pytest.fixture
@@ -58,12 +65,15 @@ def wordnet():
     if (FOLDER / "data.noun").exists():
         return FOLDER
     cache = ROOT / ".venv" / "wordnet"
-    if not (cache / "usr").exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "update", "-q"], check=True)
-        subprocess.run(["apt-get", "download", "wordnet-base"], cwd=cache, check=True)
-        (package,) = cache.glob("*.deb")
-        subprocess.run(["dpkg", "-x", package, cache], check=True)
+    if not cache.exists():
+        cache.parent.mkdir(exist_ok=True)
+        apt_get = ["apt-get", "-q", "-o", "Acquire::Retries=5"]
+        fresh = Path(tempfile.mkdtemp(prefix="wordnet-", dir=cache.parent))
+        subprocess.run([*apt_get, "update"], check=True)
+        subprocess.run([*apt_get, "download", "wordnet-base"], cwd=fresh, check=True)
+        (package,) = fresh.glob("*.deb")
+        subprocess.run(["dpkg", "-x", package, fresh], check=True)
+        fresh.rename(cache)  # whole, or not at all
     return cache / "usr" / "share" / "wordnet"
 
 
@@ -117,6 +127,10 @@ def build_native(tmp_path_factory):
         options = ["-DLACLIP_PYTHON=OFF", "-DLACLIP_TESTS=ON", f"-DLACLIP_SANITIZE={sanitizers}"]
         run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options, "-DCMAKE_CXX_FLAGS=-O1")
         run("cmake", "--build", folder, "--parallel", "2", "--target", target)
-        return run(folder / "tests" / "csrc" / target, *arguments)
+        # The sanitizers want fixed places in memory, which some kernels' random ones take.
+        fixed = ["setarch", "--addr-no-randomize"]
+        if not shutil.which("setarch") or subprocess.run([*fixed, "true"]).returncode:
+            fixed = []  # containers may forbid it
+        return run(*fixed, folder / "tests" / "csrc" / target, *arguments)
 
     return build

@@ -205,7 +205,7 @@ def test_a_caption_out_of_range_is_an_error(sample, variant, built):
         open_dataset(built).captions(0).tokens(sample, variant)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_damage_behind_the_header_never_reads_outside_the_file(built, tmp_path_factory, data):
     """Only `laclip verify` sees such damage; until then it must do no harm."""

@@ -7,8 +7,6 @@ others saved.
 import contextlib
 import math
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,31 +14,18 @@ import engine_ranks as ranks_program
 import pytest
 import torch
 import torch.nn.functional as F
+from train_job import run_ranks
 
 SCRIPT = Path(ranks_program.__file__)
 STAGES = ranks_program.STAGES
 
 
-def run_ranks(world_size: int, folder: Path) -> list[dict]:
+def run_on(world_size: int, folder: Path) -> list[dict]:
     """What each rank found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, folder],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
+    codes, outputs = run_ranks([sys.executable, SCRIPT, folder], environment, world_size)
+    assert not any(codes), "\n".join(outputs)
     files = [folder / f"found_{world_size}_{rank}.pt" for rank in range(world_size)]
     return [torch.load(file, weights_only=False) for file in files]
 
@@ -49,7 +34,7 @@ def run_ranks(world_size: int, folder: Path) -> list[dict]:
 def found(tmp_path_factory) -> dict[int, list[dict]]:
     """What the ranks found, by their number; in the order of the restarts."""
     folder = tmp_path_factory.mktemp("engine")
-    return {world_size: run_ranks(world_size, folder) for world_size in (2, 1, 4)}
+    return {world_size: run_on(world_size, folder) for world_size in (2, 1, 4)}
 
 
 def plain_loop(

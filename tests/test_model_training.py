@@ -124,7 +124,7 @@ def jobs(tmp_path_factory):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return folder, json.loads((folder / "errors.json").read_text())

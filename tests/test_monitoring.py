@@ -107,6 +107,7 @@ def test_two_ranks_write_one_console_and_hand_every_number_to_weights_and_biases
 ):
     monkeypatch.setenv("PYTHONPATH", str(wandb_packages))
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")
     folder = tmp_path / "run"
     settings = ["train.steps=3", "log.every_steps=1", "log.wandb_project=clip"]
     _, output = run(arguments(folder, *settings), ranks=2)

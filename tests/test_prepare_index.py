@@ -134,7 +134,7 @@ def test_exif_orientation_is_read(orientation, kind):
 
 
 @pytest.mark.parametrize(("data", "kind", "flags"), HEADERS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cut=st.integers(0, 400), at=st.integers(0, 60), value=st.integers(0, 255))
 def test_cut_and_damaged_headers_are_never_fatal(data, kind, flags, cut, at, value):
     damaged = bytearray(data[:cut])
@@ -300,7 +300,7 @@ def test_links_devices_and_dots_are_only_names(tmp_path):
     ]  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_damaged_tars_are_read_or_refused(tmp_path_factory, data):
     """Never a crash, and never a record that points outside the file."""

@@ -61,7 +61,7 @@ def test_a_cluster_writes_the_same_files(ray_environment, tmp_path):
         assert main([*command.split(" "), "--jobs", "1"]) == 0
     run = subprocess.run(
         [sys.executable, "-c", RUN, *" , ".join(commands(tmp_path / "cluster")).split(" ")],
-        env=ray_environment, cwd=tmp_path, timeout=300, capture_output=True, text=True,
+        env=ray_environment, cwd=tmp_path, timeout=900, capture_output=True, text=True,
     )  # fmt: skip
     assert "codes 0 0 0 0" in run.stdout, run.stdout + run.stderr[-3000:]
     files = sorted(path.name for path in (tmp_path / "alone").iterdir())
@@ -76,6 +76,6 @@ def test_a_cluster_writes_the_same_files(ray_environment, tmp_path):
     broken = [f"index {tmp_path / 'cluster'}"]
     run = subprocess.run(
         [sys.executable, "-c", RUN, *broken],
-        env=ray_environment, cwd=tmp_path, timeout=300, capture_output=True, text=True,
+        env=ray_environment, cwd=tmp_path, timeout=900, capture_output=True, text=True,
     )  # fmt: skip
     assert "codes 2" in run.stdout and "00003.tar" in run.stderr, run.stdout + run.stderr[-3000:]

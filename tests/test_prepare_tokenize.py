@@ -319,7 +319,7 @@ def test_new_samples_ask_for_new_captions(folder, capsys):
     assert open_dataset(folder).variants == ()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.text(max_size=3), st.text(max_size=5)), max_size=40))
 def test_the_store_is_a_dictionary_whose_first_text_wins(tmp_path_factory, pairs):
     pairs = [(k, t) for k, t in pairs if k.isprintable() and t.isprintable()]

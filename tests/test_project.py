@@ -13,11 +13,11 @@ FLOORS = [
         *("metrics", "flops", "text_files"),
     },
     {
-        *("loader", "evaluation", "checkpoint", "plan", "report", "prepare", "rewrite"),
+        *("loader", "evaluation", "checkpoint", "report", "prepare", "rewrite"),
         *("run_folder", "engine_settings", "import_weights", "export_weights"),
         *("train_step", "watchdog"),
     },
-    {"train", "cli"},
+    {"train", "cli", "plan"},
 ]
 # A package that only these modules may import.
 OWNED = {

@@ -146,8 +146,9 @@ def test_a_reader_that_nobody_asks_reads_its_prefetch_and_no_more():
     shards, ahead = shard_files(open_dataset(EMOJI / "train")), options(prefetch=3, threads=2)
     before = bytes_read()
     waiting = _native.BatchReader(shards, ahead)
-    seen = [0]
+    seen, deadline = [0], time.monotonic() + 300
     while seen[-1] < sum(sizes[:3]) or seen[-1] - seen[-2] > 1000:  # until it stands still
+        assert time.monotonic() < deadline, seen
         time.sleep(0.2)
         seen.append(bytes_read() - before)
     assert seen[-1] < sum(sizes)

@@ -175,7 +175,7 @@ def runs(tmp_path_factory):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return folder, done.stdout

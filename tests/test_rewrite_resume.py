@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import loopback
 import pyarrow.parquet
 import pytest
 
@@ -20,11 +20,8 @@ from laclip.prepare.tokenize import tokenize
 SHARDS, CAPTIONS = 4, 120
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(loopback.Handler):
     """A language model of few words, of the caption's alone: equal runs give equal rewrites."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -32,6 +29,9 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(0.005 * random.random())
         with self.server.lock:
             self.server.asked[caption] += 1
+            full = self.server.asked.total() >= self.server.most
+        if full:
+            self.server.killed.wait(300)
         text = "Sure! Here it is: x" if "7" in caption else f"seen: {caption}, {body['seed']}"
         answer = {"choices": [{"text": text}], "usage": {"completion_tokens": 3}}
         data = json.dumps(answer).encode()
@@ -40,20 +40,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.asked, server.lock = Counter(), threading.Lock()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    """A server; once it was asked `most` times it answers no more until `killed` is set."""
+    own = {"asked": Counter(), "lock": threading.Lock()}
+    with loopback.serving(Handler, **own, most=float("inf"), killed=threading.Event()) as server:
+        yield server
 
 
 @pytest.fixture
@@ -89,16 +82,19 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(server, c
     out, kills = tmp_path / "killed", 0
     command = [sys.executable, "-m", "laclip.cli", *words(captions, out, server)]
     while True:
-        before = server.asked.total()
+        server.killed.clear()
+        server.most = server.asked.total() + 100
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and server.asked.total() < before + 100:
+        while process.poll() is None and server.asked.total() < server.most:
             time.sleep(0.001)
         process.kill()
-        if process.wait() == 0:
+        code = process.wait()
+        server.killed.set()
+        if code == 0:
             break
         kills += 1
         assert kills < 20
-    assert kills >= 2
+    assert kills >= 4
     assert results(out) == results(tmp_path / "whole")
     assert counts(out) == counts(tmp_path / "whole")
     assert not list((out / "parts").iterdir())

@@ -1,12 +1,13 @@
 """Servers that are slow, limit, fail, lie or die: nothing lost, nothing doubled, all counted."""
 
+import contextlib
 import json
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 
+import loopback
 import pytest
 
 from laclip.cli import main
@@ -17,10 +18,8 @@ from laclip.rewrite.servers import Servers
 KEY = "sk-secret-0123456789"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(loopback.Handler):
     """Answers `rewritten CAPTION`; the server's `fault(n)` spoils its n-th request."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -49,8 +48,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         elif isinstance(fault, bytes):
             data = fault
-        elif fault == "slow":
-            time.sleep(1.5)
+        elif fault == "slow":  # slower than the client is patient: it hangs up
+            assert not self.rfile.read(1)
+            self.close_connection = True
+            return
         self.send_response(status)
         if status == 429:
             self.send_header("Retry-After", "0.1")
@@ -58,28 +59,17 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def serve():
     """serve(fault) starts a server on loopback; its `url` and what it was asked."""
-    servers = []
+    with contextlib.ExitStack() as servers:
 
-    def start(fault=lambda number, caption: None):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        server.fault, server.numbers, server.bodies, server.keys = fault, count(), [], set()
-        server.url = f"http://127.0.0.1:{server.server_port}/v1"
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return server
+        def start(fault=lambda number, caption: None):
+            own = {"fault": fault, "numbers": count(), "bodies": [], "keys": set()}
+            return servers.enter_context(loopback.serving(Handler, **own))
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 def requests(number):
@@ -133,7 +123,16 @@ def test_a_fault_now_and_then_costs_no_caption_and_doubles_none(fault, serve):
 
 
 def test_all_servers_take_part_and_a_dead_one_is_done_without(serve):
-    first, second, dead = serve(), serve(), serve()
+    asked = threading.Event(), threading.Event()
+
+    def after(other):  # each of the two answers once the other is asked, too
+        def fault(number, caption):
+            asked[1 - other].set()
+            assert asked[other].wait(300)
+
+        return serve(fault)
+
+    first, second, dead = after(1), after(0), serve()
     dead.shutdown()
     dead.server_close()
     urls = (first.url, dead.url, second.url)
@@ -145,7 +144,7 @@ def test_many_requests_are_in_flight_at_once(serve):
     barrier = threading.Barrier(16)  # the server answers once 16 requests are there together
 
     def fault(number, caption):
-        barrier.wait(60)
+        barrier.wait(300)
 
     answers = list(engine(serve(fault).url, in_flight=16).answers(requests(64)))
     assert_each_answered_once(answers, 64)
@@ -159,6 +158,7 @@ def test_a_server_that_refuses_everything_ends_the_run_with_its_words(status, se
 
 def test_failures_are_told_once_in_a_while(serve, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("laclip.rewrite.servers.TOLD_SECONDS", 3600.0)  # none passes meanwhile
     server = serve(lambda number, caption: 503 if number % 3 == 1 else None)
     assert_each_answered_once(list(engine(server.url).answers(requests(60))), 60)
     said = capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_failures_after_the_run_has_ended_are_not_told(serve, capsys):
 
     def fault(number, caption):
         if number:
-            ended.wait(60)
+            ended.wait(300)
         return 503 if number else 401
 
     before = set(threading.enumerate())
@@ -181,7 +181,7 @@ def test_failures_after_the_run_has_ended_are_not_told(serve, capsys):
     ended.set()
     for thread in set(threading.enumerate()) - before:
         if thread.name.endswith("(_work)"):
-            thread.join(60)
+            thread.join(300)
             assert not thread.is_alive()
     assert "trying again" not in capsys.readouterr().err
 

@@ -63,9 +63,10 @@ print(json.dumps(found))
 def apertium():
     """Debian's apertium-eng-spa (7 MB), installed where it is not there."""
     if not shutil.which("apertium"):
-        command = ["apt-get", "install", "-q", "-y", "--no-install-recommends", "apertium-eng-spa"]
-        subprocess.run(["apt-get", "update", "-q"], check=True)
-        subprocess.run(command, check=True)
+        apt_get = ["apt-get", "-q", "-o", "Acquire::Retries=5"]
+        subprocess.run([*apt_get, "update"], check=True)
+        words = ["install", "-y", "--no-install-recommends", "apertium-eng-spa"]
+        subprocess.run([*apt_get, *words], check=True)
     return BackTranslation("spa")
 
 

@@ -154,7 +154,7 @@ def test_an_unknown_ftfy_sends_all_but_ascii_through_it(tokenizer, monkeypatch):
         text_clean.character_table.cache_clear()
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(st.text(st.characters(), max_size=60))  # surrogates included
 def test_any_text_gives_the_reference_ids(text):
     tokenizer, reference = TWINS

@@ -4,12 +4,9 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from train_job import ROOT, Job, arguments, environment, losses, metrics, run, status
+from train_job import Job, arguments, losses, metrics, run, status
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +71,13 @@ def test_other_losses_fall_and_do_not_depend_on_the_split(overrides, tmp_path):
 
 def test_a_stopped_and_resumed_run_gives_the_losses_of_one_without_a_stop(straight, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, *arguments(folder)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    with Job(arguments(folder), ranks=1, pause=2) as job:
+        job.wait_for_pause()
+        job.processes[0].send_signal(signal.SIGINT)
+        job.go_on()
+        codes, output = job.wait_for_the_end(), job.output.read_text()
+    assert codes == [0], output
     stopped = status(folder)
-    if stopped["state"] == "finished":
-        pytest.fail("the run ended before the signal came: give it more steps")
     assert stopped["state"] == "resumable" and stopped["reason"] == "stopped by SIGINT"
     assert f"--resume {folder}" in output
     assert 0 < stopped["step"] < 8
@@ -103,11 +93,13 @@ def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "stopped"
     tasks = 'evaluation.tasks={v={data="examples/emoji/unseen_vendor"}}'
     settings = [tasks, "evaluation.every_steps=2", "checkpoint.keep=1"]
-    with Job(arguments(folder, *settings, "checkpoint.every_steps=100", stage=3)) as job:
-        job.wait_for_steps(5)
+    words = arguments(folder, *settings, "checkpoint.every_steps=100", stage=3)
+    with Job(words, pause=5) as job:
+        job.wait_for_pause()
         for _ in range(3):  # more of them change nothing
             job.processes[1].send_signal(signal.SIGTERM)
-        codes = job.wait_for_the_end(60)
+        job.go_on()
+        codes = job.wait_for_the_end()
     return folder, codes, job.output.read_text()
 
 
@@ -150,15 +142,9 @@ def test_one_rank_goes_on_with_what_two_saved(straight, stopped, tmp_path):
 
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(straight, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, *arguments(folder)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step_00000004" / "manifest.json").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    with Job(arguments(folder), ranks=1, pause=6) as job:
+        job.wait_for_pause()
+    assert (folder / "checkpoints" / "step_00000004" / "manifest.json").exists()
     _, output = run(arguments(folder))
     assert "going on at step" in output
     assert losses(folder) == losses(straight)

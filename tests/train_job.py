@@ -3,15 +3,20 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+# Seconds that a test waits for what comes, on a machine that may stand still for 20 of them.
+# Less than the ten minutes after which a job's own watchdog would end it.
+PATIENCE = 500
 TINY = [
     *(
         "model.embed_dim=32",
@@ -55,35 +60,50 @@ def run(words, ranks=1, launcher=False, check=True):
             *words,
         ]
         done = subprocess.run(
-            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE
         )
         code, output = done.returncode, done.stdout + done.stderr
     else:
-        port = free_port()
-        processes = [
-            subprocess.Popen(
-                [sys.executable, *words],
-                cwd=ROOT,
-                env=environment()
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-        code, output = max(p.returncode for p in processes), "\n".join(outputs)
+        codes, outputs = run_ranks([sys.executable, *words], environment(), ranks)
+        code, output = max(codes), "\n".join(outputs)
     if check:
         assert code == 0, output
     return code, output
 
 
+def run_ranks(command, env, ranks):
+    """Run a command once a rank, with torchrun's variables; each one's exit code and output."""
+    port = free_port()
+    with contextlib.ExitStack() as files:
+        # Files, as a rank whose pipe is full would keep the others waiting.
+        logs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
+        processes = [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=env
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                stdout=log,
+                stderr=log,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            codes = [process.wait(PATIENCE) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+            outputs = [log.seek(0) or log.read() for log in logs]
+    return codes, outputs
+
+
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    """A port for a job that opens it seconds later: one that the kernel gives to nobody else."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
 
 
 def metrics(folder):
@@ -98,17 +118,38 @@ def status(folder):
     return json.loads((folder / "status.json").read_text())
 
 
-class Job:
-    """A running job: plain processes as srun would start them, or DeepSpeed's launcher."""
+# The job, whose first rank stops itself (SIGSTOP) once it has reported a number of steps.
+PAUSED = """
+import os, runpy, signal, sys
+from laclip.metrics import MetricsWriter
+steps, sys.argv = int(sys.argv[1]), sys.argv[2:]
+write = MetricsWriter.write
+def write_and_stop(writer, record):
+    write(writer, record)
+    if record["step"] + 1 == steps:
+        os.kill(os.getpid(), signal.SIGSTOP)
+MetricsWriter.write = write_and_stop
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
-    def __init__(self, words, ranks=2, launcher=False, output=None):
-        env = environment()
+
+class Job:
+    """A running job: plain processes as srun would start them, or DeepSpeed's launcher.
+
+    pause: after so many steps the first rank stands still until go_on() is called: what a short
+    job is to meet in its midst does not depend on who is faster. Not with the launcher.
+    """
+
+    def __init__(self, words, ranks=2, launcher=False, output=None, pause=0):
+        env, self.pause, self.port = environment(), pause, free_port()
+        if pause:
+            words = ["-c", PAUSED, str(pause), *words]
         if launcher:
-            commands = [[BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", free_port()]]
+            commands = [[BIN / "deepspeed", "--num_gpus", str(ranks), "--master_port", self.port]]
             variables = [{}]
         else:
             commands = [[sys.executable]] * ranks
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
             env |= {"SLURM_NTASKS": str(ranks)}
             variables = [
                 {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)
@@ -123,26 +164,38 @@ class Job:
                 for command, more in zip(commands, variables)
             ]
 
-    def wait_for_steps(self, count):
-        deadline = time.monotonic() + 120
-        while not (self.folder / "metrics.jsonl").exists() or len(metrics(self.folder)) < count:
+    def wait_until(self, true):
+        deadline = time.monotonic() + PATIENCE
+        while not true():
             assert time.monotonic() < deadline, self.output.read_text()
             assert self.processes[0].poll() is None, self.output.read_text()
             time.sleep(0.02)
+
+    def wait_for_steps(self, count):
+        path = self.folder / "metrics.jsonl"  # whose last line may be half there
+        self.wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= count)
+
+    def wait_for_pause(self):
+        self.wait_for_steps(self.pause)
+        stat = Path(f"/proc/{self.processes[0].pid}/stat")
+        self.wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+
+    def go_on(self):
+        self.processes[0].send_signal(signal.SIGCONT)
 
     def pids(self):
         """All processes of this job, launchers included."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().decode().split("\0")
-                if f"run.folder={self.folder}" in words:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if f"run.folder={self.folder}".encode() in words:
                     found.append(int(entry.name))
         return sorted(found)
 
-    def wait_for_the_end(self, seconds):
-        """The exit codes; fails if anything of the job is left after `seconds`."""
-        deadline = time.monotonic() + seconds
+    def wait_for_the_end(self):
+        """The exit codes; fails if anything of the job is left."""
+        deadline = time.monotonic() + PATIENCE
         codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
         while self.pids():
             assert time.monotonic() < deadline, f"orphans: {self.pids()}"

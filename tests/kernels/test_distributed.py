@@ -4,21 +4,19 @@ gloo on CPUs, and one rank of NCCL where there is a GPU.
 """
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from train_job import free_port
 
 BATCH, DIM = 36, 16
 
 
 def run_ranks(world_size: int, function, *arguments, backend: str = "gloo") -> list:
     """What `function(rank, *arguments)` returned on each of `world_size` ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     multiprocessing.start_processes(
@@ -32,7 +30,7 @@ def run_ranks(world_size: int, function, *arguments, backend: str = "gloo") -> l
 
 
 def _rank_main(rank, world_size, port, results, backend, function, arguments):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     if backend == "gloo":
         os.environ["TRITON_INTERPRET"] = "1"
