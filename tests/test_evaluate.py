@@ -200,6 +200,17 @@ def test_folders_named_by_numbers_follow_the_numbers(trained, drawings, tmp_path
     assert scores["top1"] == expected["top1"]
 
 
+def test_imagenets_names_are_given_to_its_numbers(fresh, drawings, tmp_path, capsys):
+    image = next(iter(next(iter(drawings.values())).values()))
+    data = write_folders(tmp_path / "v2", {str(n): {"x": image} for n in range(1000)})
+    message = refuse(capsys, fresh, "zero-shot", data)
+    assert "its classes are numbers" in message and "or imagenet" in message
+    (tmp_path / "one.txt").write_text("{}\n")
+    words = ["--classnames", "imagenet", "--templates", tmp_path / "one.txt"]
+    scores = evaluate(fresh, "zero-shot", data, *words)
+    assert [entry["class"] for entry in scores["per_class"]] == [name for _, name in WNIDS]
+
+
 def test_the_runs_precision_normalization_and_interpolation_are_used(trained, folders):
     expected = evaluate(trained, "zero-shot", folders)
     assert evaluate(trained, "zero-shot", folders, "--set", "evaluation.batch_size=7") == expected

@@ -65,11 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "zero-shot",
         "classification by the names of the classes",
         "Names: --classnames; else ImageNet's where the folders are WordNet ids; else "
-        "classnames.txt in DATA or the folder above; else the folders' names.",
+        "classnames.txt in DATA or the folder above; else the folders' names, which must not be "
+        "numbers then.",
     )
     classes.add_argument("data", type=Path, metavar="DATA", help=labelled)
     classes.add_argument(
-        "--classnames", type=Path, metavar="FILE", help="one name a line, in the classes' order"
+        "--classnames",
+        metavar="FILE|imagenet",
+        help="one name a line, in the classes' order; imagenet: its 1,000 names in its order, for "
+        "folders or .cls of numbers",
     )
     classes.add_argument(
         "--templates",

@@ -14,7 +14,7 @@ from laclip.evaluation.trained import TrainedModel
 
 
 def zero_shot(
-    model: TrainedModel, path: Path, classnames: Path | None, templates: str | None
+    model: TrainedModel, path: Path, classnames: str | None, templates: str | None
 ) -> dict[str, Any]:
     """Scores of the images in `path` among all classes that have a name; see docs/evaluation.md."""
     classes = ClassSet(path, classnames, templates)
