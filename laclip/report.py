@@ -98,7 +98,7 @@ def render_report(folder: Path) -> str:
         parts += ["<h2>Held-out scores</h2>", _score_table(scores)]
     if len(records) > 1:
         figures = "".join(_curve(records, *curve) for curve in _CURVES if curve[0] in records[-1])
-        figures += _score_curves(records, scores, status)
+        figures += _score_curves(records, scores)
         parts += ["<h2>Training</h2>", f"<div class=curves>{figures}</div>"]
         shares = records[-1].get("variants")
         if shares:
@@ -163,12 +163,12 @@ def _variant_table(records: list[dict]) -> str:
     return f"<table><tr><th>Variant<th>Share</tr>{rows}</table>"
 
 
-def _score_curves(records: list[dict], scores: dict[str, dict], status: dict) -> str:
+def _score_curves(records: list[dict], scores: dict[str, dict]) -> str:
     """The main score of each held-out task, where the run was scored on its way."""
     history = [{"step": r["step"] + 1, **r["scores"]} for r in records if "scores" in r]
     if history and scores:
         last = {name: score[_measure(score)[0]] for name, score in scores.items()}
-        history.append({"step": status["step"], **last})
+        history.append({"step": records[-1]["step"] + 1, **last})
     names = dict.fromkeys(name for scored in history for name in scored if name != "step")
     return "".join(_curve(history, name, f"Held-out score: {name}", False) for name in names)
 
