@@ -37,7 +37,7 @@ class ClassSet:
     Raises FileNotFoundError and ValueError for what cannot be scored.
     """
 
-    def __init__(self, path: Path, classnames: Path | None = None, templates: str | None = None):
+    def __init__(self, path: Path, classnames: str | None = None, templates: str | None = None):
         self.images = open_labelled(path)
         self.names, self.names_source = find_class_names(self.images, classnames)
         if len(self.names) < 2:
