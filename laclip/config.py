@@ -94,7 +94,8 @@ class TaskConfig:
 
     data: str = ""  # a dataset's folder; for zero_shot what docs/evaluation.md lists
     direction: str = "image_to_text"  # image_to_text | text_to_image | zero_shot
-    templates: str = ""  # of zero_shot: simple | openai | FILE; empty: docs/evaluation.md
+    classnames: str = ""  # of zero_shot: FILE | imagenet; empty: found as docs/evaluation.md tells
+    templates: str = ""  # of zero_shot: simple | openai | FILE; empty: likewise
 
 
 @dataclass(frozen=True)
@@ -427,8 +428,9 @@ def _check(config: Config, source: str) -> None:
                 f"{where}.direction: {task.direction!r} is not a choice"
                 f"{_nearest(task.direction, _DIRECTIONS)}"
             )
-        if task.templates and task.direction != "zero_shot":
-            raise ValueError(f"{where}.templates: only read with direction = 'zero_shot'")
+        for key in ("classnames", "templates"):
+            if getattr(task, key) and task.direction != "zero_shot":
+                raise ValueError(f"{where}.{key}: only read with direction = 'zero_shot'")
     for key in (
         "train.global_batch_size",
         "train.max_skipped_steps",

@@ -1,5 +1,6 @@
 """The C++ core of the loader: epoch order, batch reader, captions, crop windows."""
 
+import gc
 import hashlib
 import itertools
 import json
@@ -144,6 +145,7 @@ def bytes_read():
 def test_a_reader_that_nobody_asks_reads_its_prefetch_and_no_more():
     sizes = [reader().read(k).bytes.size for k in range(4)]
     shards, ahead = shard_files(open_dataset(EMOJI / "train")), options(prefetch=3, threads=2)
+    gc.collect()  # no reader of an earlier test reads on
     before = bytes_read()
     waiting = _native.BatchReader(shards, ahead)
     seen, deadline = [0], time.monotonic() + 300

@@ -67,9 +67,13 @@ class HeldOutSet:
 def check_task(task: TaskConfig, tokenizer: Tokenizer) -> None:
     """Raises FileNotFoundError or ValueError for a task whose data cannot be scored."""
     if task.direction == "zero_shot":
-        ClassSet(Path(task.data), templates=task.templates or None)
+        _classes(task)
     else:
         open_dataset(task.data).check_tokenizer(tokenizer.fingerprint)
+
+
+def _classes(task: TaskConfig) -> ClassSet:
+    return ClassSet(Path(task.data), task.classnames or None, task.templates or None)
 
 
 def evaluate(
@@ -112,7 +116,7 @@ def evaluate(
         return encode_texts(token_ids, encode_text, batch_size, ranks)
 
     if task.direction == "zero_shot":
-        classes = ClassSet(Path(task.data), templates=task.templates or None)
+        classes = _classes(task)
         read, labels, texts = classes.images.read, classes.images.labels, classes.names
         features, undecodable = images_of(read, len(labels))
         text_features = classes.encode(
