@@ -348,7 +348,7 @@ def test_templates_and_models_that_cannot_be_used_are_refused(fresh, folders, tm
     assert "line 2 is empty" in told(fresh, "--templates", tmp_path / "templates.txt")
     assert "'nothing': there is no such file" in told(fresh, "--templates", "nothing")
     assert "no such file" in told(fresh, "--classnames", tmp_path / "names.txt")
-    assert "holds no config.toml, expected the folder of a finished run" in told(tmp_path)
+    assert "holds no config.toml, expected the folder of a run" in told(tmp_path)
     assert "--out: there is no folder" in told(fresh, "--out", tmp_path / "no" / "scores.json")
     assert "is a folder, expected a file's name" in told(fresh, "--out", tmp_path)
     assert "--out: '/proc/x' cannot be written" in told(fresh, "--out", "/proc/x")
