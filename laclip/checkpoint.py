@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from laclip import _native
+from laclip.convert import read_checkpoint
 from laclip.parallel import JointError, Ranks, from_first, gather_objects, raise_on_all
 
 _TEMPORARY = ".partial"
@@ -142,7 +143,7 @@ def best_score(folder: Path) -> float:
 def newest_step(folder: Path) -> int | None:
     """The step of a run's newest checkpoint, None without one."""
     found = list_checkpoints(folder)
-    return int(found[-1].name.removeprefix("step_")) if found else None
+    return _step(found[-1]) if found else None
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
@@ -183,6 +184,60 @@ def newest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]
             "to begin anew"
         )
     return None
+
+
+def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        metavar="best|newest|STEP",
+        help="this one's weights instead of those the run ended with; it may still go on",
+    )
+
+
+def find_weights(folder: Path, checkpoint: str | None = None) -> Path:
+    """Where the weights of the run in `folder` are: model.pt, or the folder of a checkpoint.
+
+    checkpoint: None for model.pt, "newest", "best" (the highest score), or a step. Raises
+    FileNotFoundError for one that is not there.
+    """
+    paths = list_checkpoints(folder / "checkpoints")
+    there = f"found {', '.join(str(_step(path)) for path in paths) or 'none'}"
+    if checkpoint is None:
+        if not (folder / "model.pt").is_file():
+            raise FileNotFoundError(
+                f"'{folder}' holds no model.pt, expected the folder of a finished run (or one made "
+                "by hand: a configuration as config.toml, weights of `laclip import` as model.pt). "
+                f"Of one that goes on say --checkpoint newest, best or a step: {there}"
+            )
+        return folder / "model.pt"
+    if checkpoint == "best":
+        scored = [(score, path) for path in paths if (score := _score(path)) is not None]
+        paths = [path for score, path in scored if score == max(scored)[0]][:1]
+        there = "none has a score (evaluation.every_steps gives them one)"
+    elif checkpoint != "newest":
+        paths = [path for path in paths if str(_step(path)) == checkpoint]
+    if not paths:
+        raise FileNotFoundError(f"--checkpoint {checkpoint}: in '{folder}/checkpoints' {there}")
+    return paths[-1]
+
+
+def read_weights(source: Path) -> dict[str, torch.Tensor]:
+    """The weights that find_weights found, fp32 on the CPU. Raises ValueError for damaged ones."""
+    if source.is_file():
+        return read_checkpoint(source, "model.pt")
+    if problems := _damage(source, Ranks(0, 1, 0, torch.device("cpu"))):
+        raise ValueError(f"'{source}' is damaged: {'; '.join(problems)}")
+    if read_state(source)["stage"] < 3:
+        file = source / "mp_rank_00_model_states.pt"
+        return torch.load(file, map_location="cpu", weights_only=False)["module"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(source.parent), tag=source.name))
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def fit_checkpoint(

@@ -90,10 +90,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """A held-out retrieval task: images against the distinct captions of a dataset."""
+    """A held-out task: images against a dataset's distinct captions, or names of classes."""
 
-    data: str = ""
-    direction: str = "image_to_text"  # image_to_text | text_to_image
+    data: str = ""  # a dataset's folder; for zero_shot what docs/evaluation.md lists
+    direction: str = "image_to_text"  # image_to_text | text_to_image | zero_shot
+    classnames: str = ""  # of zero_shot: FILE | imagenet; empty: found as docs/evaluation.md tells
+    templates: str = ""  # of zero_shot: simple | openai | FILE; empty: likewise
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,8 @@ _CHOICES = {
     "train.loss_implementation": ("auto", "triton", "chunked", "reference"),
     "train.precision": ("fp32", "bf16", "fp16"),
 }
+
+_DIRECTIONS = ("image_to_text", "text_to_image", "zero_shot")
 
 # Keys whose change leaves the sequence of batches and updates as it is, so that a run may go on
 # under another value.
@@ -418,11 +422,15 @@ def _check(config: Config, source: str) -> None:
             hint = _nearest(leaves[key], choices)
             raise ValueError(f"{source}: {key}: {leaves[key]!r} is not a choice{hint}")
     for name, task in config.evaluation.tasks.items():
-        if task.direction not in ("image_to_text", "text_to_image"):
+        where = f"{source}: evaluation.tasks.{name}"
+        if task.direction not in _DIRECTIONS:
             raise ValueError(
-                f"{source}: evaluation.tasks.{name}.direction: {task.direction!r} is not a choice; "
-                "there are: image_to_text, text_to_image"
+                f"{where}.direction: {task.direction!r} is not a choice"
+                f"{_nearest(task.direction, _DIRECTIONS)}"
             )
+        for key in ("classnames", "templates"):
+            if getattr(task, key) and task.direction != "zero_shot":
+                raise ValueError(f"{where}.{key}: only read with direction = 'zero_shot'")
     for key in (
         "train.global_batch_size",
         "train.max_skipped_steps",

@@ -1,6 +1,6 @@
 """A run's weights for open_clip, Hugging Face or the tools of LaCLIP's release.
 
-laclip export RUN OUT --format open_clip
+laclip export RUN OUT --format open_clip [--checkpoint best]
 """
 
 import argparse
@@ -9,22 +9,23 @@ from pathlib import Path
 
 import torch
 
+from laclip.checkpoint import add_checkpoint_option, find_weights, read_weights
 from laclip.config import load_config
-from laclip.convert import FORMATS, from_laclip, hugging_face_config, read_checkpoint
+from laclip.convert import FORMATS, from_laclip, hugging_face_config
 from laclip.tokenizer import load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a finished run's folder")
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("out", type=Path, help="a file; for hugging_face a folder")
     parser.add_argument("--format", required=True, choices=FORMATS, help="whose names and shapes")
+    add_checkpoint_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if not (args.run_folder / "model.pt").is_file():
-        raise FileNotFoundError(f"'{args.run_folder}' holds no model.pt: the run is not finished")
+    source = find_weights(args.run_folder, args.checkpoint)
     config = load_config(args.run_folder / "config.toml")
-    converted = from_laclip(read_checkpoint(args.run_folder / "model.pt"), args.format)
+    converted = from_laclip(read_weights(source), args.format)
     out = args.out
     if args.format == "hugging_face":
         if config.model.text.pool != "eot":
@@ -41,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
     temporary = out.with_name(out.name + ".partial")
     torch.save(converted, temporary)
     temporary.rename(out)
-    print(f"{out}: {len(converted)} tensors for {args.format}")
+    print(f"{out}: {len(converted)} tensors of '{source}' for {args.format}")
     return 0

@@ -439,7 +439,11 @@ def load_weights(model: CLIP, path: str | Path) -> None:
 
     Raises FileNotFoundError, and ValueError that names missing, extra and misshapen entries.
     """
-    found = read_checkpoint(path, "model.weights")
+    load_state(model, read_checkpoint(path, "model.weights"), str(path))
+
+
+def load_state(model: CLIP, found: dict[str, Tensor], source: str) -> None:
+    """Loads a state dict of this model; source: where it is from, for the ValueError's words."""
     expected = model.state_dict()
     problems = [
         *_listing("missing", expected.keys() - found.keys()),
@@ -455,7 +459,7 @@ def load_weights(model: CLIP, path: str | Path) -> None:
     ]
     if problems:
         raise ValueError(
-            f"model.weights: {path} does not hold this model's weights: {'; '.join(problems)}. "
+            f"model.weights: {source} does not hold this model's weights: {'; '.join(problems)}. "
             "Set the model's section to the file's architecture; weights of open_clip, "
             "Hugging Face or LaCLIP's release go through: laclip import"
         )

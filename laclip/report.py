@@ -54,14 +54,20 @@ def score_table(scores: dict[str, dict[str, float]]) -> str:
     """The held-out scores as lines of text."""
     lines = [f"  {'set':18}{'measure':26}{'score':>8}{'at 5':>8}{'chance':>9}{'n':>7}"]
     for name, score in scores.items():
-        texts = "recall_at_1" in score
-        first, fifth = ("recall_at_1", "recall_at_5") if texts else ("top1", "top5")
-        measure = "text to image, recall" if texts else "image to text, top-1"
+        first, fifth, measure = _measure(score)
         lines.append(
             f"  {name:18}{measure:26}{score[first]:8.1%}{score[fifth]:8.1%}"
             f"{score['chance']:9.2%}{score['n']:7}"
         )
     return "\n".join(lines)
+
+
+def _measure(score: dict[str, float]) -> tuple[str, str, str]:
+    """The keys of a task's score at 1 and at 5, and what it measures."""
+    if "recall_at_1" in score:
+        return "recall_at_1", "recall_at_5", "text to image, recall at 1"
+    kind = "zero-shot" if "mean_per_class" in score else "image to text"
+    return "top1", "top5", f"{kind}, top-1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +98,7 @@ def render_report(folder: Path) -> str:
         parts += ["<h2>Held-out scores</h2>", _score_table(scores)]
     if len(records) > 1:
         figures = "".join(_curve(records, *curve) for curve in _CURVES if curve[0] in records[-1])
+        figures += _score_curves(records, scores)
         parts += ["<h2>Training</h2>", f"<div class=curves>{figures}</div>"]
         shares = records[-1].get("variants")
         if shares:
@@ -99,7 +106,7 @@ def render_report(folder: Path) -> str:
     examples = _read_json(folder / "examples.json")
     for name, cards in examples.items():
         parts += [
-            f"<h2>{html.escape(name)}: images and the captions nearest to each</h2>",
+            f"<h2>{html.escape(name)}: images and the texts nearest to each</h2>",
             f"<div class=gallery>{''.join(map(_card, cards))}</div>",
         ]
     bad = folder / "bad_samples.jsonl"
@@ -140,9 +147,7 @@ def _score_table(scores: dict[str, dict[str, float]]) -> str:
         "<tr><th>Set<th class=left>Measure<th>Score<th>At 5<th>Chance<th>Times chance<th>Items</tr>"
     ]
     for name, score in scores.items():
-        texts = "recall_at_1" in score
-        first, fifth = ("recall_at_1", "recall_at_5") if texts else ("top1", "top5")
-        measure = "text to image, recall at 1" if texts else "image to text, top-1"
+        first, fifth, measure = _measure(score)
         rows.append(
             f"<tr><td>{html.escape(name)}<td class=left>{measure}<td>{score[first]:.1%}"
             f"<td>{score[fifth]:.1%}<td>{score['chance']:.2%}"
@@ -158,6 +163,16 @@ def _variant_table(records: list[dict]) -> str:
     return f"<table><tr><th>Variant<th>Share</tr>{rows}</table>"
 
 
+def _score_curves(records: list[dict], scores: dict[str, dict]) -> str:
+    """The main score of each held-out task, where the run was scored on its way."""
+    history = [{"step": r["step"] + 1, **r["scores"]} for r in records if "scores" in r]
+    if history and scores:
+        last = {name: score[_measure(score)[0]] for name, score in scores.items()}
+        history.append({"step": records[-1]["step"] + 1, **last})
+    names = dict.fromkeys(name for scored in history for name in scored if name != "step")
+    return "".join(_curve(history, name, f"Held-out score: {name}", False) for name in names)
+
+
 def _curve(records: list[dict], key: str, title: str, noisy: bool) -> str:
     from matplotlib.figure import Figure
 
@@ -166,7 +181,13 @@ def _curve(records: list[dict], key: str, title: str, noisy: bool) -> str:
     values = [record[key] for record in records]
     figure = Figure(figsize=(4.2, 2.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, values, color="#9db8d6" if noisy else "#1f5fa8", linewidth=1)
+    axes.plot(
+        steps,
+        values,
+        color="#9db8d6" if noisy else "#1f5fa8",
+        linewidth=1,
+        marker="." if len(steps) < 40 else "",
+    )
     if noisy:
         axes.plot(steps, _smooth(values), color="#1f5fa8", linewidth=1.6)
     axes.set_title(title, fontsize=9, loc="left")

@@ -14,7 +14,7 @@ from laclip.config import Config, differences, dump_config, load_config
 from laclip.metrics import say
 from laclip.parallel import JointError, Ranks, from_first
 
-_FIRST = (".lock", "config.toml.partial")  # all that a full disk may leave of a start
+_FIRST = {".lock", "config.toml.partial"}  # all that a full disk may leave of a start
 
 
 def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> Any:
@@ -37,15 +37,14 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.folder: '{folder}' is a file, expected a folder or nothing")
     status = _read_status(folder)
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if status.get("state") == "finished" and not resume:
         number = 1
         while folder.with_name(f"{folder.name}.{number}").exists():
             number += 1
         kept = folder.rename(folder.with_name(f"{folder.name}.{number}"))
         print(f"laclip: the finished run in '{folder}' is kept as '{kept}'")
-    elif not (folder / "config.toml").exists() and any(
-        path.name not in _FIRST for path in (folder.iterdir() if folder.is_dir() else ())
-    ):
+    elif found - _FIRST and "config.toml" not in found:
         raise ValueError(
             f"run.folder: '{folder}' holds files but no run. Choose another: --set run.folder=..."
         )
@@ -58,7 +57,7 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
     stored = folder / "config.toml"
     if stored.exists():
         changed = differences(load_config(stored), config)
-        begun = status.get("step") is not None or (folder / "metrics.jsonl").exists()
+        begun = status.get("step") is not None or found & {"metrics.jsonl", "checkpoints"}
         if changed and begun:
             raise ValueError(
                 f"run.folder: '{folder}' holds an unfinished run of another configuration "

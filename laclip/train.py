@@ -31,7 +31,7 @@ from laclip.checkpoint import (
 from laclip.config import Config, load_config
 from laclip.dataset import Dataset, open_dataset
 from laclip.engine_settings import engine_settings, prepare_cpu
-from laclip.evaluation.held_out import evaluate
+from laclip.evaluation.held_out import check_task, evaluate
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
@@ -121,7 +121,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         )
     datasets = [open_dataset(path) for path in config.data.train]
     for task in config.evaluation.tasks.values():  # a mistake there must not wait for the end
-        open_dataset(task.data).check_tokenizer(tokenizer.fingerprint)
+        check_task(task, tokenizer)
     torch.manual_seed(config.run.seed)
     model = build_model(
         config.model, tokenizer.vocab_size, tokenizer.eot_token, config.train.loss == "siglip"

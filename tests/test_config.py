@@ -73,6 +73,8 @@ def test_a_preset_that_the_file_would_silently_outvote_is_refused(tmp_path):
         ("model.preset=vit_b_23", "did you mean 'vit_b_32'"),
         ("model=3", "model: expected a section, found 3"),
         ("evaluation.tasks.a.direction=up", "evaluation.tasks.a.direction: 'up'"),
+        ("evaluation.tasks.a.direction=zero-shot", "did you mean 'zero_shot'"),
+        ("evaluation.tasks.a.templates=simple", "templates: only read with direction"),
         ("train.global_batch_size=0", "must be above 0, found 0"),
         ("train.max_skipped_steps=0", "must be above 0, found 0"),
         ("lr", "expected section.key=value"),

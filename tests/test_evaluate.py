@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from scored_model import evaluate, refuse, write_folders, write_run, write_tar
+from train_job import arguments, run
 
 from laclip.cli import main
 from laclip.config import load_config
@@ -17,7 +19,7 @@ from laclip.evaluation.data import open_labelled
 from laclip.evaluation.prompts import FOLDER
 from laclip.evaluation.ranking import places
 from laclip.evaluation.trained import TrainedModel
-from laclip.evaluation.zero_shot import class_features
+from laclip.evaluation.zero_shot import ClassSet
 
 ROOT = Path(__file__).parent.parent
 WNIDS = [line.split("\t") for line in (FOLDER / "imagenet_classes.tsv").read_text().splitlines()]
@@ -79,9 +81,26 @@ def test_scores_and_classifier_equal_open_clips_on_the_exported_weights(trained,
         assert scores["top1"] == expected["top1"] > 5 * scores["chance"]
         assert scores["top5"] == expected["top5"]
         lines = (FOLDER / f"templates_{templates}.txt").read_text().splitlines()
-        ours = class_features(TrainedModel(trained), names, lines)
+        classes = ClassSet(folders, templates=templates)
+        ours = classes.encode(partial(TrainedModel(trained).encode_texts, label="prompts"))
+        assert classes.names == names and classes.templates == lines
         assert len(lines) == count
         assert (ours - torch.tensor(expected["classifier"])).abs().max() < 2e-6
+
+
+def test_a_run_scores_classes_as_the_command_does(folders, tmp_path):
+    next(folders.glob("*/*.jpg")).write_bytes(b"no image")
+    task = f'evaluation.tasks={{classes={{data="{folders}",direction="zero_shot"}}}}'
+    _, out = run(arguments(tmp_path / "run", "train.steps=4", task, stage=3), ranks=2)
+    assert "zero-shot, top-1" in out
+    found = json.loads((tmp_path / "run" / "scores.json").read_text())["classes"]
+    expected = evaluate(tmp_path / "run", "zero-shot", folders)
+    assert found == {key: expected[key] for key in found} and found["undecodable"] == 1
+    assert {"top1", "top5", "mean_per_class", "chance", "n", "undecodable"} == found.keys()
+    examples = json.loads((tmp_path / "run" / "examples.json").read_text())["classes"]
+    names = [folder.name.replace("_", " ") for folder in folders.iterdir()]
+    assert all(example["caption"] in names for example in examples)
+    assert "zero-shot, top-1" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_tars_of_clip_benchmark_score_as_the_folders(trained, drawings, folders, tmp_path):
@@ -179,6 +198,17 @@ def test_folders_named_by_numbers_follow_the_numbers(trained, drawings, tmp_path
     scores = evaluate(trained, "zero-shot", data, "--classnames", tmp_path / "names.txt")
     expected = evaluate(trained, "zero-shot", write_folders(tmp_path / "named", drawings))
     assert scores["top1"] == expected["top1"]
+
+
+def test_imagenets_names_are_given_to_its_numbers(fresh, drawings, tmp_path, capsys):
+    image = next(iter(next(iter(drawings.values())).values()))
+    data = write_folders(tmp_path / "v2", {str(n): {"x": image} for n in range(1000)})
+    message = refuse(capsys, fresh, "zero-shot", data)
+    assert "its classes are numbers" in message and "or imagenet" in message
+    (tmp_path / "one.txt").write_text("{}\n")
+    words = ["--classnames", "imagenet", "--templates", tmp_path / "one.txt"]
+    scores = evaluate(fresh, "zero-shot", data, *words)
+    assert [entry["class"] for entry in scores["per_class"]] == [name for _, name in WNIDS]
 
 
 def test_the_runs_precision_normalization_and_interpolation_are_used(trained, folders):
@@ -318,7 +348,7 @@ def test_templates_and_models_that_cannot_be_used_are_refused(fresh, folders, tm
     assert "line 2 is empty" in told(fresh, "--templates", tmp_path / "templates.txt")
     assert "'nothing': there is no such file" in told(fresh, "--templates", "nothing")
     assert "no such file" in told(fresh, "--classnames", tmp_path / "names.txt")
-    assert "holds no config.toml, expected the folder of a finished run" in told(tmp_path)
+    assert "holds no config.toml, expected the folder of a run" in told(tmp_path)
     assert "--out: there is no folder" in told(fresh, "--out", tmp_path / "no" / "scores.json")
     assert "is a folder, expected a file's name" in told(fresh, "--out", tmp_path)
     assert "--out: '/proc/x' cannot be written" in told(fresh, "--out", "/proc/x")

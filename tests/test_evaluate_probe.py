@@ -207,6 +207,7 @@ def test_what_cannot_be_probed_is_refused(trained, halves, families, tmp_path, c
     broken = {str(number): b"no image" for number in range(20)}
     data = write_folders(tmp_path / "broken", families | {"robot": broken})
     assert "'robot' has 0. Ask" in told("few-shot", data, "--ways", 3)
+    assert "no image of class 'robot' decodes" in told("linear-probe", data, data)
     message = told("linear-probe", tmp_path / "robots", tmp_path / "robots")
     assert "has images of one class, expected at least two" in message
     assert "--ways: expected at least 2" in told("few-shot", train, "--ways", 1)

@@ -138,6 +138,15 @@ def test_a_run_of_which_few_steps_were_logged_counts_the_time_of_all(tmp_path):
     assert "trained for 1:00:00" in page
 
 
+def test_scores_on_the_way_are_drawn_where_the_status_was_lost(tmp_path):
+    scores = {"v": {"top1": 0.3, "top5": 0.5, "chance": 0.1, "n": 9}}
+    lines = [json.dumps(record(0, scores={"v": 0.2})), json.dumps(record(1))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    (tmp_path / "status.json").touch()
+    assert "Held-out score: v" in render_report(tmp_path)
+
+
 def test_curves_are_smoothed_over_a_twentieth_of_the_run_without_skipped_steps():
     assert _smooth([1.0, 2.0, 6.0, 8.0]).tolist() == pytest.approx([1.5, 3, 16 / 3, 7])
     assert _smooth([1.0, float("nan"), 6.0]).tolist() == pytest.approx([1, 3.5, 6])

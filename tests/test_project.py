@@ -7,13 +7,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"kernels", "_native", "text_clean", "attention", "captions", "convert"},
+    {"kernels", "_native", "text_clean", "attention", "captions", "convert", "parallel"},
     {
-        *("config", "model", "tokenizer", "dataset", "images", "optimizer", "parallel"),
+        *("config", "model", "tokenizer", "dataset", "images", "optimizer", "checkpoint"),
         *("metrics", "flops", "text_files"),
     },
     {
-        *("loader", "evaluation", "checkpoint", "report", "prepare", "rewrite"),
+        *("loader", "evaluation", "report", "prepare", "rewrite"),
         *("run_folder", "engine_settings", "import_weights", "export_weights"),
         *("train_step", "watchdog"),
     },

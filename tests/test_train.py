@@ -6,7 +6,12 @@ import shutil
 import signal
 
 import pytest
+import torch
 from train_job import Job, arguments, losses, metrics, run, status
+
+from laclip.checkpoint import find_weights, list_checkpoints, read_state, read_weights
+from laclip.cli import main
+from laclip.report import render_report
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +34,14 @@ def test_the_launchers_two_ranks_give_the_losses_of_one(straight, tmp_path):
 def test_zero_stages_give_the_losses_of_stage_1(straight, tmp_path, stage):
     run(arguments(tmp_path / "run", "train.steps=8", stage=stage), ranks=2)
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=1e-4)
+    assert_its_last_checkpoint_holds_its_weights(tmp_path / "run")
+    assert_its_last_checkpoint_holds_its_weights(straight)
+
+
+def assert_its_last_checkpoint_holds_its_weights(folder):
+    last, final = (read_weights(find_weights(folder, which)) for which in ("newest", None))
+    assert last.keys() == final.keys()
+    assert all(torch.equal(last[name], final[name]) for name in final)
 
 
 def test_gradients_are_clipped_alike_without_zero(tmp_path):
@@ -36,6 +49,7 @@ def test_gradients_are_clipped_alike_without_zero(tmp_path):
     settings = ["optimizer.clip_norm=0.3", "optimizer.eps=1e-2", "train.steps=4"]
     for stage in (0, 3):
         run(arguments(tmp_path / str(stage), *settings, stage=stage))
+        assert_its_last_checkpoint_holds_its_weights(tmp_path / str(stage))
     assert losses(tmp_path / "0") == pytest.approx(losses(tmp_path / "3"), abs=1e-5)
     assert min(record["gradient_norm"] for record in metrics(tmp_path / "0")) > 0.6
 
@@ -110,6 +124,27 @@ def test_slurms_processes_train_and_a_signal_to_one_stops_all(stopped):
     assert (found["state"], found["reason"]) == ("resumable", "stopped by SIGTERM")
     assert 5 <= found["step"] == len(metrics(folder)) < 8
     assert f"--resume {folder}" in output
+
+
+def test_the_report_of_an_unfinished_run_shows_its_scores_on_the_way(stopped):
+    assert "<!-- Held-out score: v -->" in render_report(stopped[0])
+
+
+def test_weights_of_an_unfinished_run_are_its_checkpoints(stopped, tmp_path, capsys):
+    folder = shutil.copytree(stopped[0], tmp_path / "run")
+    words = ["export", str(folder), str(tmp_path / "out.pt"), "--format", "open_clip"]
+    assert main(words) == 2 and "say --checkpoint newest, best or" in capsys.readouterr().err
+    states = [read_state(path) for path in list_checkpoints(folder / "checkpoints")]
+    best = max(states, key=lambda state: state["score"] or 0)["step"]
+    for which, step in (("best", best), ("newest", states[-1]["step"]), (str(best), best)):
+        assert main([*words, "--checkpoint", which]) == 0
+        assert f"step_{step:08}' for open_clip" in capsys.readouterr().out
+    assert main([*words, "--checkpoint", "77"]) == 2
+    assert f"--checkpoint 77: in '{folder}/checkpoints' found {best}" in capsys.readouterr().err
+    file = next(find_weights(folder, "newest").glob("*model_states.pt"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert main([*words, "--checkpoint", "newest"]) == 2
+    assert f"is damaged: {file.name} is not as it was written" in capsys.readouterr().err
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(stopped):
@@ -251,6 +286,10 @@ BAD_INPUT = {
     "micro batch": (["train.micro_batch_size=5"], "5 does not divide the 32 samples"),
     "patch size": (["model.vision.patch_size=7"], "model.vision.image_size"),
     "missing task": (["evaluation.tasks={v={data='no/where'}}"], "no/where"),
+    "missing classes": (
+        ["evaluation.tasks={v={data='no/where',direction='zero_shot'}}"],
+        "'no/where': there is no such folder",
+    ),
     "attention": (["model.attention=xformers"], "xformers computes on a GPU alone"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),
     "no steps": (["train.steps=0"], "make no step"),

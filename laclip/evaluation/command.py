@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from laclip.checkpoint import add_checkpoint_option
 from laclip.evaluation.probe import few_shot, linear_probe
 from laclip.evaluation.retrieval import RECALLS, retrieval
 from laclip.evaluation.trained import TrainedModel
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "as in the run's configuration. docs/evaluation.md tells what every number means."
     )
     parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="a finished run's folder: config.toml, model.pt"
+        "model", type=Path, metavar="MODEL", help="a run's folder: config.toml and model.pt"
     )
     tasks = parser.add_subparsers(metavar="TASK", required=True, dest="task")
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         found = tasks.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}"
         )
+        add_checkpoint_option(found)
         found.add_argument("--out", type=Path, metavar="JSON", help="write all scores there")
         found.add_argument(
             "--set",
@@ -65,11 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "zero-shot",
         "classification by the names of the classes",
         "Names: --classnames; else ImageNet's where the folders are WordNet ids; else "
-        "classnames.txt in DATA or the folder above; else the folders' names.",
+        "classnames.txt in DATA or the folder above; else the folders' names, which must not be "
+        "numbers then.",
     )
     classes.add_argument("data", type=Path, metavar="DATA", help=labelled)
     classes.add_argument(
-        "--classnames", type=Path, metavar="FILE", help="one name a line, in the classes' order"
+        "--classnames",
+        metavar="FILE|imagenet",
+        help="one name a line, in the classes' order; imagenet: its 1,000 names in its order, for "
+        "folders or .cls of numbers",
     )
     classes.add_argument(
         "--templates",
@@ -105,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         _check_writable(args.out)
-    model = TrainedModel(args.model, args.set)
+    model = TrainedModel(args.model, args.set, args.checkpoint)
     if args.task == "zero-shot":
         scores = zero_shot(model, args.data, args.classnames, args.templates)
     elif args.task == "retrieval":
@@ -115,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         options = {name: getattr(args, name) for name in EPISODES}
         scores = few_shot(model, args.data, **options)
-    scores = {"model": str(args.model), "task": args.task, **scores}
+    name = args.model if args.checkpoint is None else model.source
+    scores = {"model": str(name), "task": args.task, **scores}
     lines = [table(scores)]
     if args.out is not None:
         # A file's name may hold bytes that are no text; JSON has the same escapes for them.

@@ -1,6 +1,8 @@
-"""Scores on held-out datasets while training: images against texts, texts against images."""
+"""Scores on held-out data while training: retrieval in a dataset, zero-shot classification."""
 
 import base64
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from laclip.config import DataConfig, TaskConfig
 from laclip.dataset import BAD, CAPTION_MISSING, Dataset, open_dataset
 from laclip.evaluation.features import BATCHES_IN_FLIGHT, Encode, encode_images, encode_texts
+from laclip.evaluation.zero_shot import ClassSet
 from laclip.images import ImagePipeline
 from laclip.parallel import Ranks, from_first
 from laclip.tokenizer import Tokenizer
@@ -61,6 +64,18 @@ class HeldOutSet:
             return np.frombuffer(file.read(int(record["bytes"])), np.uint8)
 
 
+def check_task(task: TaskConfig, tokenizer: Tokenizer) -> None:
+    """Raises FileNotFoundError or ValueError for a task whose data cannot be scored."""
+    if task.direction == "zero_shot":
+        _classes(task)
+    else:
+        open_dataset(task.data).check_tokenizer(tokenizer.fingerprint)
+
+
+def _classes(task: TaskConfig) -> ClassSet:
+    return ClassSet(Path(task.data), task.classnames or None, task.templates or None)
+
+
 def evaluate(
     task: TaskConfig,
     encode_image: Encode,
@@ -78,10 +93,10 @@ def evaluate(
     Returns (scores, examples), the examples on the first rank alone. image_to_text: `top1` and
     `top5` over images, the candidates being the set's distinct captions. text_to_image:
     `recall_at_1` and `recall_at_5` over distinct captions, a hit being any image with that caption.
-    Both: `chance` of the first, `n` items, `undecodable` images left out. examples: at most 12
-    evenly spaced images with the five captions nearest to each, the encoded image in base64.
+    zero_shot: `top1`, `top5` and `mean_per_class` as `laclip evaluate` gives them. All: `chance` of
+    the first, `n` items, `undecodable` images left out. examples: at most 12 evenly spaced images
+    with the five captions (or classes) nearest to each, the encoded image in base64.
     """
-    held_out = HeldOutSet(open_dataset(task.data), tokenizer, context_length)
     pipeline = ImagePipeline(
         batch_size=batch_size,
         image_size=image_size,
@@ -93,52 +108,55 @@ def evaluate(
         depth=BATCHES_IN_FLIGHT,
         exif_rotation=data.exif_rotation,
     )
-    image_features, undecodable = encode_images(
-        held_out.encoded_image, len(held_out.samples), encode_image, pipeline, batch_size, ranks
-    )
-    text_features = encode_texts(held_out.token_ids, encode_text, batch_size, ranks)
-    kept = torch.ones(len(held_out.samples), dtype=torch.bool)
-    kept[list(undecodable)] = False
-    image_features = image_features[kept]
+
+    def images_of(read: Callable[[int], np.ndarray], count: int):
+        return encode_images(read, count, encode_image, pipeline, batch_size, ranks)
+
+    def texts_of(token_ids: np.ndarray) -> torch.Tensor:
+        return encode_texts(token_ids, encode_text, batch_size, ranks)
+
+    if task.direction == "zero_shot":
+        classes = _classes(task)
+        read, labels, texts = classes.images.read, classes.images.labels, classes.names
+        features, undecodable = images_of(read, len(labels))
+        text_features = classes.encode(
+            lambda prompts: texts_of(tokenizer.encode_batch(prompts, context_length))
+        )
+        text_of = torch.tensor(labels)
+    else:
+        held_out = HeldOutSet(open_dataset(task.data), tokenizer, context_length)
+        read, text_of, texts = held_out.encoded_image, held_out.text_of, held_out.texts
+        features, undecodable = images_of(read, len(held_out.samples))
+        text_features = texts_of(held_out.token_ids)
     scores: dict[str, float] = {}
     examples: list[dict[str, Any]] = []
     if ranks.is_first:
-        scores, examples = _judge(task, held_out, image_features, text_features, kept)
+        numbers = [n for n in range(len(text_of)) if n not in undecodable]
+        kept = torch.tensor(numbers, dtype=torch.int64)
+        if task.direction == "zero_shot":
+            scores = classes.score(features, text_features, undecodable, ranks.device)
+            del scores["per_class"]
+            scores["n"] = len(kept)
+        else:
+            similarity = features[kept] @ text_features.T
+            judge = image_to_text if task.direction == "image_to_text" else text_to_image
+            scores = judge(similarity, text_of[kept])
         scores["undecodable"] = len(undecodable)
+        shown = torch.linspace(0, len(kept) - 1, min(12, len(kept))).long()
+        for number in kept[shown].tolist():
+            values, nearest = (text_features @ features[number]).topk(min(5, len(texts)))
+            examples.append(
+                {
+                    "image": base64.b64encode(read(number).tobytes()).decode(),
+                    "caption": texts[int(text_of[number])],
+                    "nearest": [
+                        [texts[text], round(value, 4)]
+                        for text, value in zip(nearest.tolist(), values.tolist())
+                    ],
+                }
+            )
     # One rank's, as all act on them: two kinds of CPU can break a tie in two ways.
     return (from_first(scores) if dist.is_initialized() else scores), examples
-
-
-def _judge(
-    task: TaskConfig,
-    held_out: HeldOutSet,
-    image_features: torch.Tensor,
-    text_features: torch.Tensor,
-    kept: torch.Tensor,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Scores and examples; kept: `[images]`, which of the set's have features."""
-    text_of = held_out.text_of[kept]
-    similarity = image_features @ text_features.T
-    if task.direction == "image_to_text":
-        scores = image_to_text(similarity, text_of)
-    else:
-        scores = text_to_image(similarity, text_of)
-    numbers = torch.arange(len(kept))[kept]
-    examples = []
-    for row in torch.linspace(0, len(numbers) - 1, min(12, len(numbers))).long().tolist():
-        values, nearest = similarity[row].topk(min(5, len(held_out.texts)))
-        image = held_out.encoded_image(int(numbers[row]))
-        examples.append(
-            {
-                "image": base64.b64encode(image.tobytes()).decode(),
-                "caption": held_out.texts[int(text_of[row])],
-                "nearest": [
-                    [held_out.texts[text], round(value, 4)]
-                    for text, value in zip(nearest.tolist(), values.tolist())
-                ],
-            }
-        )
-    return scores, examples
 
 
 def image_to_text(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, float]:

@@ -37,6 +37,8 @@ def linear_probe(model: TrainedModel, train: Path, test: Path) -> dict[str, Any]
         raise ValueError(f"'{train}' has images of one class, expected at least two to tell apart")
     number_of = {name: number for number, name in enumerate(known.classes)}
     features, labels, known_broken = _features(model, known, "training images")
+    if lost := sorted(set(known.labels) - set(labels.tolist())):
+        raise ValueError(f"'{train}': no image of class {known.classes[lost[0]]!r} decodes")
     asked_features, asked_labels, asked_broken = _features(model, asked, "test images")
     asked_labels = torch.tensor([number_of[name] for name in asked.classes])[asked_labels]
     fitted = fit_best(features, labels, len(known.classes), model.device)
@@ -188,7 +190,8 @@ def fit(
     """Multinomial logistic regression by L-BFGS: minimizes |weight|^2 / 2 + c x sum of losses.
 
     As scikit-learn's LogisticRegression. features: [n, dim], fp32 or fp64; labels: int64 [n].
-    Returns weight [classes, dim], bias [classes], and whether it ended before MAX_ITERATIONS.
+    Returns weight [classes, dim], bias [classes], and whether it ended before MAX_ITERATIONS and
+    twice as many evaluations.
     """
     # Around their mean the features are better conditioned, and as the bias costs nothing the
     # minimum stays where it is.
@@ -200,7 +203,7 @@ def fit(
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=MAX_ITERATIONS,
-        max_eval=100 * MAX_ITERATIONS,  # torch's own limit would pass for convergence
+        max_eval=2 * MAX_ITERATIONS,
         tolerance_grad=1e-6,
         line_search_fn="strong_wolfe",
     )
@@ -219,9 +222,10 @@ def fit(
         return loss
 
     optimizer.step(objective)
-    iterations = optimizer.state[weight]["n_iter"]
+    spent = optimizer.state[weight]
+    ended = spent["n_iter"] < MAX_ITERATIONS and spent["func_evals"] < 2 * MAX_ITERATIONS
     weight, bias = weight.detach(), bias.detach()
-    return weight, bias - weight @ mean, iterations < MAX_ITERATIONS
+    return weight, bias - weight @ mean, ended
 
 
 def predict(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -10,24 +10,26 @@ TEMPLATES = ("simple", "openai")  # LaCLIP's 7 for CC3M, CC12M and RedCaps; Open
 WNID = re.compile(r"n\d{8}")
 
 
-def find_class_names(images: ImageSet, given: Path | None) -> tuple[list[str], str]:
+def find_class_names(images: ImageSet, given: str | None) -> tuple[list[str], str]:
     """A name for every class of a labelled set, and where the names are from.
 
-    given: a file with one name a line, in the classes' order. Else ImageNet's own names where all
-    folders are ImageNet's, `classnames.txt` in the set's folder or the one above, the folders'.
+    given: a file with one name a line, in the classes' order, or "imagenet". Else ImageNet's own
+    names where all folders are ImageNet's, `classnames.txt` in the set's folder or the one above,
+    the folders'.
     """
-    file = given or _beside(images.path, "classnames.txt")
+    file = Path(given) if given else _beside(images.path, "classnames.txt")
     wnids = not images.numbered and all(WNID.fullmatch(name) for name in images.classes)
     if given is None and wnids:
         return _imagenet_names(images), "ImageNet's"
-    if file is None and not images.numbered:
-        return [name.replace("_", " ") for name in images.classes], "the folders'"
-    if file is None:
+    if file is None and all(name.isdecimal() for name in images.classes):
         raise FileNotFoundError(
-            f"'{images.path}': found no classnames.txt there or in the folder above, expected one "
-            "class's name a line, in the order of the numbers in .cls. Give it: --classnames FILE"
+            f"'{images.path}': its classes are numbers; found no classnames.txt there or in the "
+            "folder above, expected one class's name a line, in the numbers' order. Give it: "
+            "--classnames FILE (or imagenet, for its 1,000)"
         )
-    names = _lines(file, "class names")
+    if file is None:
+        return [name.replace("_", " ") for name in images.classes], "the folders'"
+    names = list(_imagenet().values()) if given == "imagenet" else _lines(file, "class names")
     if images.numbered and len(names) < len(images.classes):
         number = images.labels.index(len(images.classes) - 1)
         raise ValueError(
@@ -43,7 +45,7 @@ def find_class_names(images: ImageSet, given: Path | None) -> tuple[list[str], s
         )
     if not images.numbered:
         _check_order(names, images, file)
-    return names, str(file)
+    return names, "ImageNet's" if given == "imagenet" else str(file)
 
 
 def _check_order(names: list[str], images: ImageSet, file: Path) -> None:
@@ -96,7 +98,7 @@ def _lines(file: Path, what: str) -> list[str]:
     if file.is_dir() or not file.exists():  # a pipe will do
         raise FileNotFoundError(
             f"'{file}': there is no such file, expected {what}, one a line"
-            + (f" (or {' or '.join(TEMPLATES)})" if what == "templates" else "")
+            f" (or {' or '.join(TEMPLATES) if what == 'templates' else 'imagenet'})"
         )
     try:
         text = file.read_text("utf-8-sig")
@@ -109,9 +111,14 @@ def _lines(file: Path, what: str) -> list[str]:
     return lines
 
 
-def _imagenet_names(images: ImageSet) -> list[str]:
+def _imagenet() -> dict[str, str]:
+    """The names of ImageNet's classes by their WordNet ids, in its order."""
     lines = (FOLDER / "imagenet_classes.tsv").read_text().splitlines()
-    names = dict(line.split("\t") for line in lines)
+    return dict(line.split("\t") for line in lines)
+
+
+def _imagenet_names(images: ImageSet) -> list[str]:
+    names = _imagenet()
     strangers = [wnid for wnid in images.classes if wnid not in names]
     if strangers:
         raise ValueError(

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from laclip.checkpoint import find_weights, read_weights
 from laclip.config import load_config
 from laclip.evaluation.data import ImageSet
 from laclip.evaluation.features import BATCHES_IN_FLIGHT, Progress, encode_images, encode_texts
 from laclip.images import ImagePipeline
-from laclip.model import build_model, load_weights
+from laclip.model import build_model, load_state
 from laclip.parallel import Ranks
 from laclip.tokenizer import load_tokenizer
 
@@ -26,15 +27,12 @@ class TrainedModel:
     precision. overrides: `section.key=value`, as for the run itself.
     """
 
-    def __init__(self, folder: Path, overrides: Iterable[str] = ()):
-        for name in ("config.toml", "model.pt"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"'{folder}' holds no {name}, expected the folder of a finished run (or one "
-                    "made by hand: a configuration as config.toml, weights of `laclip import` as "
-                    "model.pt)"
-                )
-        self.folder = folder
+    def __init__(self, folder: Path, overrides: Iterable[str] = (), checkpoint: str | None = None):
+        if not (folder / "config.toml").is_file():
+            raise FileNotFoundError(
+                f"'{folder}' holds no config.toml, expected the folder of a run"
+            )
+        self.source = find_weights(folder, checkpoint)
         self.config = load_config(folder / "config.toml", overrides)
         self.tokenizer = load_tokenizer(self.config.data.tokenizer)
         gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
@@ -51,7 +49,7 @@ class TrainedModel:
             self.tokenizer.eot_token,
             self.config.train.loss == "siglip",
         )
-        load_weights(model, folder / "model.pt")
+        load_state(model, read_weights(self.source), str(self.source))
         self.model = model.eval().to(self.device)
 
     @property
@@ -123,7 +121,7 @@ class TrainedModel:
     def _checked(self, features: torch.Tensor) -> torch.Tensor:
         if not features.isfinite().all():
             raise ValueError(
-                f"'{self.folder / 'model.pt'}' gives features that are not finite: its weights are "
+                f"'{self.source}' gives features that are not finite: its weights are "
                 "broken, or too large for train.precision = "
                 f'"{self.config.train.precision}" (try --set train.precision=fp32)'
             )

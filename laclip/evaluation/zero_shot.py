@@ -1,6 +1,6 @@
 """Zero-shot classification: an image is of the class whose prompts are nearest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +14,67 @@ from laclip.evaluation.trained import TrainedModel
 
 
 def zero_shot(
-    model: TrainedModel, path: Path, classnames: Path | None, templates: str | None
+    model: TrainedModel, path: Path, classnames: str | None, templates: str | None
 ) -> dict[str, Any]:
     """Scores of the images in `path` among all classes that have a name; see docs/evaluation.md."""
-    images = open_labelled(path)
-    names, names_source = find_class_names(images, classnames)
-    if len(names) < 2:
-        raise ValueError(
-            f"'{path}' has one class, {names[0]!r}, expected at least two to tell apart"
-        )
-    prompts, templates_source = find_templates(images, templates)
-    classes = class_features(model, names, prompts)
-    features, undecodable = model.encode_images(images, "images")
-    numbers = torch.tensor([n for n in range(len(images.labels)) if n not in undecodable])
-    labels = torch.tensor(images.labels)[numbers]
-    found = places(features, classes, torch.stack([numbers, labels], dim=1), model.device)
+    classes = ClassSet(path, classnames, templates)
+    class_features = classes.encode(lambda texts: model.encode_texts(texts, "prompts"))
+    features, undecodable = model.encode_images(classes.images, "images")
     return {
         "data": str(path),
-        "classes": len(names),
-        "classnames": names_source,
-        "templates": templates_source,
-        "templates_count": len(prompts),
-        "top1": recall(found, 1),
-        "top5": recall(found, 5),
-        **per_class(found < 1, labels, names),
-        "chance": 1 / len(names),
-        **counts(images, undecodable),
+        "classes": len(classes.names),
+        "classnames": classes.names_source,
+        "templates": classes.templates_source,
+        "templates_count": len(classes.templates),
+        **classes.score(features, class_features, undecodable, model.device),
+        **counts(classes.images, undecodable),
     }
 
 
-def class_features(
-    model: TrainedModel, names: Sequence[str], templates: Sequence[str]
-) -> torch.Tensor:
-    """Unit-length features [classes, dim]: the mean over the templates of unit-length features.
+class ClassSet:
+    """Images with a class each, and the names and templates that make the classes' prompts.
 
-    Classes of one name (ImageNet has two pairs) get the very same features.
+    Raises FileNotFoundError and ValueError for what cannot be scored.
     """
-    distinct = list(dict.fromkeys(names))
-    texts = [template.replace("{}", name) for name in distinct for template in templates]
-    features = model.encode_texts(texts, "prompts").view(len(distinct), len(templates), -1)
-    place = {name: number for number, name in enumerate(distinct)}
-    return F.normalize(features.mean(dim=1), dim=-1)[[place[name] for name in names]]
+
+    def __init__(self, path: Path, classnames: str | None = None, templates: str | None = None):
+        self.images = open_labelled(path)
+        self.names, self.names_source = find_class_names(self.images, classnames)
+        if len(self.names) < 2:
+            raise ValueError(
+                f"'{path}' has one class, {self.names[0]!r}, expected at least two to tell apart"
+            )
+        self.templates, self.templates_source = find_templates(self.images, templates)
+
+    def encode(self, encode_texts: Callable[[Sequence[str]], torch.Tensor]) -> torch.Tensor:
+        """Unit-length features [classes, dim]: the mean over the templates of unit-length features.
+
+        Classes of one name (ImageNet has two pairs) get the very same features.
+        """
+        distinct = list(dict.fromkeys(self.names))
+        texts = [text.replace("{}", name) for name in distinct for text in self.templates]
+        features = encode_texts(texts).view(len(distinct), len(self.templates), -1)
+        place = {name: number for number, name in enumerate(distinct)}
+        return F.normalize(features.mean(dim=1), dim=-1)[[place[name] for name in self.names]]
+
+    def score(
+        self,
+        features: torch.Tensor,
+        class_features: torch.Tensor,
+        undecodable: Container[int],
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """Scores of all images [images, dim] that decode; the products are made on `device`."""
+        kept = [n for n in range(len(self.images.labels)) if n not in undecodable]
+        numbers = torch.tensor(kept, dtype=torch.int64)
+        labels = torch.tensor(self.images.labels)[numbers]
+        found = places(features, class_features, torch.stack([numbers, labels], dim=1), device)
+        return {
+            "top1": recall(found, 1),
+            "top5": recall(found, 5),
+            **per_class(found < 1, labels, self.names),
+            "chance": 1 / len(self.names),
+        }
 
 
 def per_class(hits: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
