@@ -141,10 +141,20 @@ def test_weights_of_an_unfinished_run_are_its_checkpoints(stopped, tmp_path, cap
         assert f"step_{step:08}' for open_clip" in capsys.readouterr().out
     assert main([*words, "--checkpoint", "77"]) == 2
     assert f"--checkpoint 77: in '{folder}/checkpoints' found {best}" in capsys.readouterr().err
-    file = next(find_weights(folder, "newest").glob("*model_states.pt"))
+    (folder / "checkpoints" / "step_old").mkdir()  # nothing of ours
+    newest = find_weights(folder, "newest")
+    file = next(newest.glob("*model_states.pt"))
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert main([*words, "--checkpoint", "newest"]) == 2
     assert f"is damaged: {file.name} is not as it was written" in capsys.readouterr().err
+    shutil.rmtree(newest)  # by the run, meanwhile
+    with pytest.raises(FileNotFoundError, match="was deleted by its run while it was read"):
+        read_weights(newest)
+    for path in list_checkpoints(folder / "checkpoints"):
+        state = read_state(path) | {"score": None}
+        (path / "state.json").write_text(json.dumps(state))
+    assert main([*words, "--checkpoint", "best"]) == 2
+    assert f"found {best}; none has a score" in capsys.readouterr().err
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(stopped):
