@@ -31,7 +31,7 @@ from laclip.checkpoint import (
 from laclip.config import Config, load_config
 from laclip.dataset import Dataset, open_dataset
 from laclip.engine_settings import engine_settings, prepare_cpu
-from laclip.evaluation.held_out import check_task, evaluate
+from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
@@ -120,8 +120,9 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
             'none. Set model.attention = "sdpa"'
         )
     datasets = [open_dataset(path) for path in config.data.train]
-    for task in config.evaluation.tasks.values():  # a mistake there must not wait for the end
-        check_task(task, tokenizer)
+    for name, task in config.evaluation.tasks.items():  # a mistake must not wait for the end
+        with named(name):
+            check_task(task, tokenizer)
     torch.manual_seed(config.run.seed)
     model = build_model(
         config.model, tokenizer.vocab_size, tokenizer.eot_token, config.train.loss == "siglip"
@@ -420,17 +421,18 @@ def score_tasks(
 
     engine.eval()
     for name, task in config.evaluation.tasks.items():
-        scores[name], examples[name] = evaluate(
-            task,
-            lambda images: encode((images, None), 0),
-            lambda token_ids: encode((None, token_ids), 1),
-            tokenizer,
-            config.data,
-            image_size=config.model.vision.image_size,
-            context_length=config.model.text.context_length,
-            batch_size=config.evaluation.batch_size,
-            ranks=ranks,
-        )
+        with named(name):
+            scores[name], examples[name] = evaluate(
+                task,
+                lambda images: encode((images, None), 0),
+                lambda token_ids: encode((None, token_ids), 1),
+                tokenizer,
+                config.data,
+                image_size=config.model.vision.image_size,
+                context_length=config.model.text.context_length,
+                batch_size=config.evaluation.batch_size,
+                ranks=ranks,
+            )
     engine.train()
     return scores, examples
 

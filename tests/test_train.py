@@ -295,10 +295,11 @@ BAD_INPUT = {
     "no dataset": (["data.train=[]"], "data.train: no dataset given"),
     "micro batch": (["train.micro_batch_size=5"], "5 does not divide the 32 samples"),
     "patch size": (["model.vision.patch_size=7"], "model.vision.image_size"),
-    "missing task": (["evaluation.tasks={v={data='no/where'}}"], "no/where"),
+    "missing task": (["evaluation.tasks={v={data='no/where'}}"], "evaluation.tasks.v: "),
+    "no task's data": (["evaluation.tasks={v={direction='zero_shot'}}"], "data: found none"),
     "missing classes": (
         ["evaluation.tasks={v={data='no/where',direction='zero_shot'}}"],
-        "'no/where': there is no such folder",
+        "evaluation.tasks.v: 'no/where': there is no such folder",
     ),
     "attention": (["model.attention=xformers"], "xformers computes on a GPU alone"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),
