@@ -126,6 +126,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
+def main_score(score: dict[str, float]) -> float:
+    """Of a held-out task's scores the one that it is judged by."""
+    return score["recall_at_1"] if "recall_at_1" in score else score["top1"]
+
+
+def mean_score(scores: dict[str, dict[str, float]]) -> float | None:
+    """The mean over the held-out tasks, None without any."""
+    return sum(map(main_score, scores.values())) / len(scores) if scores else None
+
+
 def _score(checkpoint: Path) -> float | None:
     """The score saved with it, None without one or where it is damaged."""
     try:
@@ -197,8 +207,8 @@ def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
 def find_weights(folder: Path, checkpoint: str | None = None) -> Path:
     """Where the weights of the run in `folder` are: model.pt, or the folder of a checkpoint.
 
-    checkpoint: None for model.pt, "newest", "best" (the highest score), or a step. Raises
-    FileNotFoundError for one that is not there.
+    checkpoint: None for model.pt, "newest", "best" (the highest score; model.pt where that is the
+    end's), or a step. Raises FileNotFoundError for one that is not there.
     """
     paths = list_checkpoints(folder / "checkpoints")
     there = f"found {', '.join(str(_step(path)) for path in paths) or 'none'}"
@@ -212,7 +222,11 @@ def find_weights(folder: Path, checkpoint: str | None = None) -> Path:
         return folder / "model.pt"
     if checkpoint == "best":
         scored = [(score, path) for path in paths if (score := _score(path)) is not None]
-        paths = [path for score, path in scored if score == max(scored)[0]][:1]
+        end, scores = folder / "model.pt", folder / "scores.json"
+        text = scores.read_text() if end.is_file() and scores.is_file() else ""
+        if (score := mean_score(json.loads(text or "{}"))) is not None:
+            scored.append((score, end))
+        paths = [max(scored, key=lambda pair: pair[0])[1]] if scored else []
         if there != "found none":
             there += "; none has a score (evaluation.every_steps and tasks give them one)"
     elif checkpoint != "newest":

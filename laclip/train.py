@@ -23,6 +23,8 @@ from laclip.checkpoint import (
     best_score,
     fit_checkpoint,
     load_checkpoint,
+    main_score,
+    mean_score,
     newest_checkpoint,
     newest_step,
     prune_checkpoints,
@@ -361,7 +363,7 @@ def run(
                 f"steps in a row, the last one step {step - 1} (their samples: "
                 f"'{folder / 'skipped_steps.jsonl'}'). Lower optimizer.lr or lengthen the warm-up"
             )
-        score = sum(map(main_score, scores.values())) / len(scores) if scores else None
+        score = mean_score(scores)
         due = step % config.checkpoint.every_steps == 0 or step == total_steps
         if due or timed or stopped or (score is not None and score > best):
             watchdog.doing(f"saving step {step}")
@@ -435,10 +437,6 @@ def score_tasks(
             )
     engine.train()
     return scores, examples
-
-
-def main_score(score: dict[str, float]) -> float:
-    return score["recall_at_1"] if "recall_at_1" in score else score["top1"]
 
 
 def finish(
