@@ -128,7 +128,10 @@ def evaluate(
     def images_of(read: Callable[[int], np.ndarray], count: int):
         found = encode_images(read, count, encode_image, pipeline, batch_size, ranks)
         if len(found[1]) == count:
-            raise JointError(f"'{task.data}': none of its {count} images decodes; {found[1][0]}")
+            raise JointError(
+                f"'{task.data}': none of its {count} images decodes; the first: {found[1][0]}. "
+                "Bring back whole ones, or remove the task; then go on"
+            )
         return found
 
     def texts_of(token_ids: np.ndarray) -> torch.Tensor:
@@ -136,8 +139,8 @@ def evaluate(
 
     if task.direction == "zero_shot":
         classes = _classes(task)
-        check_alike(task, [classes.images.names, classes.names, classes.templates])
         read, labels, texts = classes.images.read, classes.images.labels, classes.names
+        check_alike(task, [classes.images.names, labels, texts, classes.templates])
         features, undecodable = images_of(read, len(labels))
         text_features = classes.encode(
             lambda prompts: texts_of(tokenizer.encode_batch(prompts, context_length))
