@@ -78,7 +78,7 @@ def held() -> int:
 
 def measure(folder: Path, name: str, ranks) -> tuple[float, ...]:
     zero, keys, variants = CASES[ranks.world_size][name]
-    pairs = 2 if "few" in name else 16
+    pairs = 2 if "few" in name else 24
     size = pairs * ranks.world_size
     config = load_config(None, [*MODEL, f"train.global_batch_size={size}", *keys])
     file = folder / f"zero_{ranks.rank}.json"
