@@ -118,12 +118,22 @@ def _errors_held_back(checkpoint_engine: Any) -> Iterator[list[Exception]]:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = folder.glob("step_*") if folder.is_dir() else ()
-    return sorted(path for path in found if path.suffix != _TEMPORARY)
+    return sorted(path for path in found if path.name.removeprefix("step_").isdecimal())
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What was saved beside the model: `step`, `score` (None without one), ..."""
     return json.loads((checkpoint / "state.json").read_text())
+
+
+def main_score(score: dict[str, float]) -> float:
+    """Of a held-out task's scores the one that it is judged by."""
+    return score["recall_at_1"] if "recall_at_1" in score else score["top1"]
+
+
+def mean_score(scores: dict[str, dict[str, float]]) -> float | None:
+    """The mean over the held-out tasks, None without any."""
+    return sum(map(main_score, scores.values())) / len(scores) if scores else None
 
 
 def _score(checkpoint: Path) -> float | None:
@@ -197,8 +207,8 @@ def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
 def find_weights(folder: Path, checkpoint: str | None = None) -> Path:
     """Where the weights of the run in `folder` are: model.pt, or the folder of a checkpoint.
 
-    checkpoint: None for model.pt, "newest", "best" (the highest score), or a step. Raises
-    FileNotFoundError for one that is not there.
+    checkpoint: None for model.pt, "newest", "best" (the highest score; model.pt where that is the
+    end's), or a step. Raises FileNotFoundError for one that is not there.
     """
     paths = list_checkpoints(folder / "checkpoints")
     there = f"found {', '.join(str(_step(path)) for path in paths) or 'none'}"
@@ -212,8 +222,13 @@ def find_weights(folder: Path, checkpoint: str | None = None) -> Path:
         return folder / "model.pt"
     if checkpoint == "best":
         scored = [(score, path) for path in paths if (score := _score(path)) is not None]
-        paths = [path for score, path in scored if score == max(scored)[0]][:1]
-        there = "none has a score (evaluation.every_steps gives them one)"
+        end, scores = folder / "model.pt", folder / "scores.json"
+        text = scores.read_text() if end.is_file() and scores.is_file() else ""
+        if (score := mean_score(json.loads(text or "{}"))) is not None:
+            scored.append((score, end))
+        paths = [max(scored, key=lambda pair: pair[0])[1]] if scored else []
+        if there != "found none":
+            there += "; none has a score (evaluation.every_steps and tasks give them one)"
     elif checkpoint != "newest":
         paths = [path for path in paths if str(_step(path)) == checkpoint]
     if not paths:
@@ -222,18 +237,34 @@ def find_weights(folder: Path, checkpoint: str | None = None) -> Path:
 
 
 def read_weights(source: Path) -> dict[str, torch.Tensor]:
-    """The weights that find_weights found, fp32 on the CPU. Raises ValueError for damaged ones."""
+    """The weights that find_weights found, fp32 on the CPU.
+
+    Raises ValueError for damaged ones, FileNotFoundError for a checkpoint that the run, which goes
+    on, has deleted since.
+    """
     if source.is_file():
         return read_checkpoint(source, "model.pt")
-    if problems := _damage(source, Ranks(0, 1, 0, torch.device("cpu"))):
-        raise ValueError(f"'{source}' is damaged: {'; '.join(problems)}")
-    if read_state(source)["stage"] < 3:
-        file = source / "mp_rank_00_model_states.pt"
+    try:
+        if (problems := _damage(source, Ranks(0, 1, 0, torch.device("cpu")))) and source.is_dir():
+            raise ValueError(f"'{source}' is damaged: {'; '.join(problems)}. Name another one")
+        return _read_engine_weights(source)
+    except FileNotFoundError:
+        if source.is_dir():
+            raise
+        raise FileNotFoundError(
+            f"'{source}' was deleted by its run while it was read (checkpoint.keep). Do it again"
+        ) from None
+
+
+def _read_engine_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    if read_state(checkpoint)["stage"] < 3:
+        file = checkpoint / "mp_rank_00_model_states.pt"
         return torch.load(file, map_location="cpu", weights_only=False)["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(source.parent), tag=source.name))
+        folder, tag = str(checkpoint.parent), checkpoint.name
+        return dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag=tag))
 
 
 def _step(checkpoint: Path) -> int:

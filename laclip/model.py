@@ -367,12 +367,18 @@ def build_model(
     model = CLIP(image, text, config.init_logit_scale)
     if siglip:
         model.logit_bias = nn.Parameter(torch.full([1], -10.0))
+    set_recomputation(model, config.activation_checkpointing)
     for tower, locked in ((image, config.lock_image), (text, config.lock_text)):
-        tower.recompute = config.activation_checkpointing == "blocks"
-        for block in tower.blocks:
-            block.recompute = config.activation_checkpointing == "activations"
         tower.requires_grad_(not locked)
     return model
+
+
+def set_recomputation(model: CLIP, how: str) -> None:
+    """Chooses what the backward pass computes again; how: of model.activation_checkpointing."""
+    for tower in (model.image, model.text):
+        tower.recompute = how == "blocks"
+        for block in tower.blocks:
+            block.recompute = how == "activations"
 
 
 def check_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> None:

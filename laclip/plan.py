@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from laclip.captions import pack
-from laclip.config import Config, load_config
+from laclip.config import Config, ModelConfig, load_config
 from laclip.dataset import CAPTION_MISSING, POSITION_MASK, Dataset, open_dataset
 from laclip.engine_settings import engine_settings
 from laclip.flops import PEAK_FLOPS, peak_flops, training_flops
 from laclip.metrics import duration
-from laclip.model import CLIP, build_model
+from laclip.model import CLIP, build_model, set_recomputation
 from laclip.parallel import Ranks
 from laclip.tokenizer import load_tokenizer
 
@@ -36,8 +36,8 @@ LOOKED_AT = 8  # shards of each dataset that the length of captions and images i
 class Kept(NamedTuple):
     """Bytes that a pair keeps between its forward and its backward pass."""
 
-    pair: float
-    block: float  # of these, what one block of the image tower keeps where nothing is recomputed
+    pair: dict[str, float]  # by model.activation_checkpointing
+    block: float  # what a block of the image tower keeps, neither locked nor computed again
 
 
 class Samples(NamedTuple):
@@ -107,9 +107,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, value in (("--gpus", args.gpus), ("--memory", args.memory), ("--mfu", args.mfu)):
-        if value <= 0:
-            raise ValueError(f"{name}: found {value:g}, expected more than 0")
+    for name in ("gpus", "memory", "mfu", "samples"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise ValueError(f"--{name}: found {value:g}, expected more than 0")
     config = load_config(args.config, args.set)
     ranks = Ranks(0, args.gpus, 0, torch.device("cuda", 0))
     settings = engine_settings(Path(args.deepspeed_config), config, ranks)
@@ -119,13 +119,10 @@ def run(args: argparse.Namespace) -> int:
     with torch.device("meta"):
         model = build_model(config.model, *vocabulary, config.train.loss == "siglip")
     chosen = config.model.activation_checkpointing
-    ways = {}
-    for how in CHECKPOINTING:
-        way = replace(config, model=replace(config.model, activation_checkpointing=how))
-        ways[how] = way, count_kept(way, samples, *vocabulary)
+    kept = count_kept(config, samples, *vocabulary)
 
     def memory(how: str, micro: int) -> dict[str, float]:
-        way, kept = ways[how]
+        way = replace(config, model=replace(config.model, activation_checkpointing=how))
         return gpu_memory(way, settings, model, samples, kept, args.gpus, micro)
 
     local, micro = settings["train_batch_size"] // args.gpus, settings[MICRO]
@@ -133,6 +130,12 @@ def run(args: argparse.Namespace) -> int:
     fits = sum(items.values()) <= 1e9 * args.memory
     image, text = (sum(p.numel() for p in t.parameters()) / 1e6 for t in (model.image, model.text))
     steps = count_steps(config, samples)
+    if not steps:
+        raise ValueError(
+            f"train.epochs, train.steps: {samples.total:,} samples in batches of "
+            f"{config.train.global_batch_size} for {config.train.epochs:g} epochs make no step. "
+            "Give more of either"
+        )
     assumed = "" if samples.image_bytes else " (assumed: the data is not here)"
     print(
         f"model    {image + text:.1f} M parameters (image {image:.1f}, text {text:.1f}), "
@@ -180,15 +183,20 @@ def _time(config: Config, samples: Samples, args: argparse.Namespace, parts: int
 def _disk(config: Config, settings: dict[str, Any], model: CLIP) -> str:
     size = checkpoint_bytes(settings, model) / 1e9
     # One is being written while the others are still there; the best one is kept apart.
-    count = config.checkpoint.keep + 1 + bool(config.evaluation.every_steps)
+    scored = bool(config.evaluation.every_steps and config.evaluation.tasks)
+    count = config.checkpoint.keep + 1 + scored
     return f"disk     {size:.2f} GB a checkpoint, {count * size:.1f} for {count} of them"
 
 
 def checkpoint_bytes(settings: dict[str, Any], model: CLIP) -> int:
-    """Weights and AdamW's moments; ZeRO adds its copy of the weights, and ZeRO-3 has no other."""
+    """Weights and AdamW's moments; ZeRO adds its copy of the weights, and ZeRO-3 has no other.
+
+    ZeRO-2 and ZeRO-3 write what is locked apart.
+    """
     weights, trained = count_weights(model)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    return 4 * (weights * (stage < 3) + trained * (3 if stage else 2))
+    apart = (weights - trained) * (stage >= 2)
+    return 4 * (weights * (stage < 3) + apart + trained * (3 if stage else 2))
 
 
 def count_steps(config: Config, samples: Samples) -> int:
@@ -201,25 +209,30 @@ def flops_done(config: Config, samples: Samples, parts: int) -> float:
 
     As training_flops counts them, at the full context; but of several captions of an image
     (data.captions = "multi") all but the first at their own length, as the text tower computes no
-    padding. parts: micro-batches; the forward pass of all but the last runs twice.
+    padding. parts: micro-batches; the forward pass of all but the last runs twice, where it is not
+    locked.
     """
-    flops = training_flops(config.model)
-    if samples.captions > 1:
-        one, all_of_them = (
-            training_flops(config.model, samples.tokens, n) for n in (1, samples.captions)
-        )
-        flops += all_of_them - one
+
+    def once(model: ModelConfig) -> float:
+        own = (training_flops(model, samples.tokens, n) for n in (1, samples.captions))
+        return training_flops(model) - next(own) + next(own)
+
+    flops, unlocked = (
+        once(model)
+        for model in (config.model, replace(config.model, lock_image=False, lock_text=False))
+    )
+    trained = flops - (unlocked - flops) / 2  # a locked forward pass lacks twice as much
     again = (parts - 1) / parts + (config.model.activation_checkpointing == "blocks")
-    return flops * (1 + again / 3)
+    return flops + trained * again / 3
 
 
 def find_samples(config: Config, count: int | None) -> Samples:
     """What the data sets of a run hold; `count` samples where they are not on this machine."""
     data = config.data
-    if count is not None or not data.train:
-        if count is None or count < 1:
-            raise ValueError("data.train: no dataset given. Set it, or say --samples N")
+    if count is not None:
         return Samples(count, 5 if data.captions == "multi" else 1, 20.0, None)
+    if not data.train:
+        raise ValueError("data.train: no dataset given. Set it, or say --samples N")
     try:
         datasets = [open_dataset(path) for path in data.train]
     except FileNotFoundError as error:
@@ -237,7 +250,9 @@ def find_samples(config: Config, count: int | None) -> Samples:
 
 def _looked_at(dataset: Dataset, config: Config) -> tuple[float, float]:
     """Mean tokens of a caption as the policy draws them, and mean bytes of an image."""
-    dataset.check_tokenizer(load_tokenizer(config.data.tokenizer).fingerprint)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    dataset.check_tokenizer(tokenizer.fingerprint)
+    ends_of_text = 1 if tokenizer.sot_token is None else 2
     variants = len(dataset.variants)
     weights = {"original": [1.0] + [0.0] * (variants - 1), "weights": list(config.data.weights)}
     policy = weights.get(config.data.captions, [1.0] * variants)
@@ -251,7 +266,7 @@ def _looked_at(dataset: Dataset, config: Config) -> tuple[float, float]:
     for shard in shards.round().astype(int):
         table = dataset.captions(shard)
         ends = (table.entries & POSITION_MASK).astype(np.int64)
-        length = np.minimum(np.diff(ends) + 2, config.model.text.context_length)
+        length = np.minimum(np.diff(ends) + ends_of_text, config.model.text.context_length)
         there = (table.entries[:-1] & CAPTION_MISSING) == 0
         drawn = there * np.tile(policy, len(table))
         tokens.append(np.average(length, weights=drawn) if drawn.any() else 2.0)
@@ -289,23 +304,21 @@ class LiveBytes(TorchDispatchMode):
 
 def count_kept(config: Config, samples: Samples, vocab_size: int, eot_token: int) -> Kept:
     """What a pair of this run's keeps, counted with models of two and of three blocks a tower."""
-    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    found = {depth: _live(config, samples, depth, dtype, vocab_size, eot_token) for depth in (2, 3)}
-    pair = 0.0
-    for tower, shape in ((0, config.model.vision), (1, config.model.text)):
-        block = found[3][tower] - found[2][tower]
-        pair += found[2][tower] + (shape.depth - 2) * block
-    if config.model.activation_checkpointing == "none":
-        return Kept(pair, found[3][0] - found[2][0])
-    plain = replace(config, model=replace(config.model, activation_checkpointing="none"))
-    return Kept(pair, count_kept(plain, samples, vocab_size, eot_token).block)
+    two, three = (_live(config, samples, depth, vocab_size, eot_token) for depth in (2, 3))
+    depths = config.model.vision.depth, config.model.text.depth
+    pair = {
+        how: sum(a + (depth - 2) * (b - a) for a, b, depth in zip(two[how], three[how], depths))
+        for how in CHECKPOINTING
+    }
+    return Kept(pair, three["unlocked"][0] - two["unlocked"][0])
 
 
 def _live(
-    config: Config, samples: Samples, depth: int, dtype: torch.dtype, vocab_size: int, eot: int
-) -> tuple[float, float]:
-    """Bytes that each tower keeps of a pair, with `depth` blocks."""
+    config: Config, samples: Samples, depth: int, vocab_size: int, eot: int
+) -> dict[str, tuple[float, float]]:
+    """Bytes that each tower keeps of a pair, with `depth` blocks, by what is recomputed."""
     vision, text = config.model.vision, config.model.text
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     # Compiled, QuickGELU keeps what GELU keeps.
     kinds = {"gelu": "gelu", "quick_gelu": "gelu" if config.train.compile else "quick_gelu"}
     shape = replace(
@@ -320,13 +333,19 @@ def _live(
     length = text.context_length if text.pool == "last" else max(2, round(samples.tokens))
     ids = torch.zeros(pairs * samples.captions, length, dtype=torch.int32)
     ids[:, -1] = eot
-    with LiveBytes(images, *model.parameters()) as live:
-        features = model.encode_image(images, torch.arange(pairs))
-        image = live.bytes
-        texts = model.encode_text(pack(ids, None if text.pool == "last" else eot))
-        both = live.bytes
-    del features, texts
-    return image / pairs, (both - image) / pairs
+    captions = pack(ids, None if text.pool == "last" else eot)
+    found = {}
+    for how in (*CHECKPOINTING, "unlocked"):
+        if how == "unlocked":
+            model.requires_grad_()
+        set_recomputation(model, how)
+        with LiveBytes(images, *model.parameters()) as live:
+            features = model.encode_image(images, torch.arange(pairs))
+            image = live.bytes
+            texts = model.encode_text(captions)
+            found[how] = image / pairs, (live.bytes - image) / pairs
+        del features, texts
+    return found
 
 
 def gpu_memory(
@@ -350,7 +369,11 @@ def gpu_memory(
     share = f", 1/{gpus} of it (ZeRO-{stage})" if stage and gpus > 1 else ""
     owned = 4 * trained / gpus if stage else 4.0 * trained
     bucket = 4 * int(zero.get("reduce_bucket_size", 5e8))
-    away = {part for part in ("optimizer", "param") if zero.get(f"offload_{part}")}
+    away = {
+        part
+        for part in ("optimizer", "param")
+        if (zero.get(f"offload_{part}") or {}).get("device", "none") != "none"
+    }
     overlaps = zero.get("overlap_comm", stage == 3) and gpus > 1
     gathered = 4 * min(weights, int(zero.get("stage3_max_live_parameters", 1e9)))
     held: dict[str, float] = {
@@ -366,20 +389,23 @@ def gpu_memory(
         held[f"ZeRO-{stage}'s buckets"] = 2 * bucket if overlaps else bucket
     if stage > 1:  # there from the start; the rest takes the place of what the pass gives free
         held |= (gradients := {"gradients, fp32" + share: owned})
+    if stage == 2 and micro < local:
+        held["gradients of a micro-batch" + share] = owned
     if stage == 3:
         held["parameters gathered for a pass"] = gathered
     blocks = config.model.activation_checkpointing == "blocks"
+    pair = kept.pair[config.model.activation_checkpointing]
     half = 0.0 if config.train.precision == "fp32" else 2.0
-    # Autocast's copies are kept for the backward pass; of blocks computed again, one at a time.
+    # Autocast's copies of what is trained are kept for the backward pass; of blocks computed again,
+    # one at a time.
     half *= sum(
-        sum(p.numel() for p in tower.blocks.parameters()) / (len(tower.blocks) if blocks else 1)
+        sum(p.numel() for p in tower.blocks.parameters() if p.requires_grad)
+        / (len(tower.blocks) if blocks else 1)
         for tower in (model.image, model.text)
     )
     backward: dict[str, float] = {
         "weights in half precision (autocast)": half,
-        f"kept for the backward pass: {micro:,} pairs, {kept.pair / 1e6:.1f} MB each": (
-            micro * kept.pair
-        ),
+        f"kept for the backward pass: {micro:,} pairs, {pair / 1e6:.1f} MB each": (micro * pair),
         "working room of the backward pass": micro * kept.block * (2 if blocks else 1),
         "loss": loss_bytes(config, samples.captions, local, settings["train_batch_size"]),
     }

@@ -165,12 +165,15 @@ def _variant_table(records: list[dict]) -> str:
 
 def _score_curves(records: list[dict], scores: dict[str, dict]) -> str:
     """The main score of each held-out task, where the run was scored on its way."""
-    history = [{"step": r["step"] + 1, **r["scores"]} for r in records if "scores" in r]
+    history = [(r["step"] + 1, r["scores"]) for r in records if "scores" in r]
     if history and scores:
         last = {name: score[_measure(score)[0]] for name, score in scores.items()}
-        history.append({"step": records[-1]["step"] + 1, **last})
-    names = dict.fromkeys(name for scored in history for name in scored if name != "step")
-    return "".join(_curve(history, name, f"Held-out score: {name}", False) for name in names)
+        history.append((records[-1]["step"] + 1, last))
+    figures = ""
+    for name in dict.fromkeys(name for _, scored in history for name in scored):
+        points = [{"step": n, "score": scored[name]} for n, scored in history if name in scored]
+        figures += _curve(points, "score", f"Held-out score: {name}", False)
+    return figures
 
 
 def _curve(records: list[dict], key: str, title: str, noisy: bool) -> str:

@@ -23,6 +23,8 @@ from laclip.checkpoint import (
     best_score,
     fit_checkpoint,
     load_checkpoint,
+    main_score,
+    mean_score,
     newest_checkpoint,
     newest_step,
     prune_checkpoints,
@@ -31,7 +33,7 @@ from laclip.checkpoint import (
 from laclip.config import Config, load_config
 from laclip.dataset import Dataset, open_dataset
 from laclip.engine_settings import engine_settings, prepare_cpu
-from laclip.evaluation.held_out import check_task, evaluate
+from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
@@ -120,8 +122,9 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
             'none. Set model.attention = "sdpa"'
         )
     datasets = [open_dataset(path) for path in config.data.train]
-    for task in config.evaluation.tasks.values():  # a mistake there must not wait for the end
-        check_task(task, tokenizer)
+    for name, task in config.evaluation.tasks.items():  # a mistake must not wait for the end
+        with named(name):
+            check_task(task, tokenizer)
     torch.manual_seed(config.run.seed)
     model = build_model(
         config.model, tokenizer.vocab_size, tokenizer.eot_token, config.train.loss == "siglip"
@@ -360,7 +363,7 @@ def run(
                 f"steps in a row, the last one step {step - 1} (their samples: "
                 f"'{folder / 'skipped_steps.jsonl'}'). Lower optimizer.lr or lengthen the warm-up"
             )
-        score = sum(map(main_score, scores.values())) / len(scores) if scores else None
+        score = mean_score(scores)
         due = step % config.checkpoint.every_steps == 0 or step == total_steps
         if due or timed or stopped or (score is not None and score > best):
             watchdog.doing(f"saving step {step}")
@@ -420,23 +423,20 @@ def score_tasks(
 
     engine.eval()
     for name, task in config.evaluation.tasks.items():
-        scores[name], examples[name] = evaluate(
-            task,
-            lambda images: encode((images, None), 0),
-            lambda token_ids: encode((None, token_ids), 1),
-            tokenizer,
-            config.data,
-            image_size=config.model.vision.image_size,
-            context_length=config.model.text.context_length,
-            batch_size=config.evaluation.batch_size,
-            ranks=ranks,
-        )
+        with named(name):
+            scores[name], examples[name] = evaluate(
+                task,
+                lambda images: encode((images, None), 0),
+                lambda token_ids: encode((None, token_ids), 1),
+                tokenizer,
+                config.data,
+                image_size=config.model.vision.image_size,
+                context_length=config.model.text.context_length,
+                batch_size=config.evaluation.batch_size,
+                ranks=ranks,
+            )
     engine.train()
     return scores, examples
-
-
-def main_score(score: dict[str, float]) -> float:
-    return score["recall_at_1"] if "recall_at_1" in score else score["top1"]
 
 
 def finish(

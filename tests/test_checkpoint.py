@@ -10,6 +10,7 @@ import torch.distributed as dist
 from laclip.checkpoint import (
     _damage,
     best_score,
+    find_weights,
     list_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
@@ -75,3 +76,15 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(connected, 
     for name in names:
         shutil.rmtree(tmp_path / name)
     assert newest_checkpoint(tmp_path, ALONE) is None
+
+
+@pytest.mark.parametrize(("end", "best"), [(0.4, "model.pt"), (0.1, "step_00000002")])
+def test_the_weights_of_the_end_may_be_the_best(end, best, tmp_path):
+    for step, score in ((2, 0.3), (4, 0.2), (6, None)):
+        folder = tmp_path / "checkpoints" / f"step_{step:08}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"score": score}))
+    (tmp_path / "model.pt").touch()
+    scores = {"v": {"top1": end - 0.1}, "p": {"recall_at_1": end + 0.1, "top1": 0.9}}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    assert find_weights(tmp_path, "best").name == best

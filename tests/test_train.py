@@ -141,10 +141,20 @@ def test_weights_of_an_unfinished_run_are_its_checkpoints(stopped, tmp_path, cap
         assert f"step_{step:08}' for open_clip" in capsys.readouterr().out
     assert main([*words, "--checkpoint", "77"]) == 2
     assert f"--checkpoint 77: in '{folder}/checkpoints' found {best}" in capsys.readouterr().err
-    file = next(find_weights(folder, "newest").glob("*model_states.pt"))
+    (folder / "checkpoints" / "step_old").mkdir()  # nothing of ours
+    newest = find_weights(folder, "newest")
+    file = next(newest.glob("*model_states.pt"))
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert main([*words, "--checkpoint", "newest"]) == 2
     assert f"is damaged: {file.name} is not as it was written" in capsys.readouterr().err
+    shutil.rmtree(newest)  # by the run, meanwhile
+    with pytest.raises(FileNotFoundError, match="was deleted by its run while it was read"):
+        read_weights(newest)
+    for path in list_checkpoints(folder / "checkpoints"):
+        state = read_state(path) | {"score": None}
+        (path / "state.json").write_text(json.dumps(state))
+    assert main([*words, "--checkpoint", "best"]) == 2
+    assert f"found {best}; none has a score" in capsys.readouterr().err
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(stopped):
@@ -285,10 +295,11 @@ BAD_INPUT = {
     "no dataset": (["data.train=[]"], "data.train: no dataset given"),
     "micro batch": (["train.micro_batch_size=5"], "5 does not divide the 32 samples"),
     "patch size": (["model.vision.patch_size=7"], "model.vision.image_size"),
-    "missing task": (["evaluation.tasks={v={data='no/where'}}"], "no/where"),
+    "missing task": (["evaluation.tasks={v={data='no/where'}}"], "evaluation.tasks.v: "),
+    "no task's data": (["evaluation.tasks={v={direction='zero_shot'}}"], "data: found none"),
     "missing classes": (
         ["evaluation.tasks={v={data='no/where',direction='zero_shot'}}"],
-        "'no/where': there is no such folder",
+        "evaluation.tasks.v: 'no/where': there is no such folder",
     ),
     "attention": (["model.attention=xformers"], "xformers computes on a GPU alone"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),

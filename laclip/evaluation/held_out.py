@@ -1,7 +1,9 @@
 """Scores on held-out data while training: retrieval in a dataset, zero-shot classification."""
 
 import base64
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from laclip.dataset import BAD, CAPTION_MISSING, Dataset, open_dataset
 from laclip.evaluation.features import BATCHES_IN_FLIGHT, Encode, encode_images, encode_texts
 from laclip.evaluation.zero_shot import ClassSet
 from laclip.images import ImagePipeline
-from laclip.parallel import Ranks, from_first
+from laclip.parallel import JointError, Ranks, from_first, gather_objects
 from laclip.tokenizer import Tokenizer
 
 
@@ -64,8 +66,22 @@ class HeldOutSet:
             return np.frombuffer(file.read(int(record["bytes"])), np.uint8)
 
 
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Puts a task's name before the errors of what can be wrong with its data."""
+    where = f"evaluation.tasks.{name}"
+    try:
+        yield
+    except JointError as error:
+        raise JointError(f"{where}: {error}") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def check_task(task: TaskConfig, tokenizer: Tokenizer) -> None:
     """Raises FileNotFoundError or ValueError for a task whose data cannot be scored."""
+    if not task.data:
+        raise ValueError("data: found none, expected a folder. Set it")
     if task.direction == "zero_shot":
         _classes(task)
     else:
@@ -110,7 +126,13 @@ def evaluate(
     )
 
     def images_of(read: Callable[[int], np.ndarray], count: int):
-        return encode_images(read, count, encode_image, pipeline, batch_size, ranks)
+        found = encode_images(read, count, encode_image, pipeline, batch_size, ranks)
+        if len(found[1]) == count:
+            raise JointError(
+                f"'{task.data}': none of its {count} images decodes; the first: {found[1][0]}. "
+                "Bring back whole ones, or remove the task; then go on"
+            )
+        return found
 
     def texts_of(token_ids: np.ndarray) -> torch.Tensor:
         return encode_texts(token_ids, encode_text, batch_size, ranks)
@@ -118,6 +140,7 @@ def evaluate(
     if task.direction == "zero_shot":
         classes = _classes(task)
         read, labels, texts = classes.images.read, classes.images.labels, classes.names
+        check_alike(task, [classes.images.names, labels, texts, classes.templates])
         features, undecodable = images_of(read, len(labels))
         text_features = classes.encode(
             lambda prompts: texts_of(tokenizer.encode_batch(prompts, context_length))
@@ -125,6 +148,7 @@ def evaluate(
         text_of = torch.tensor(labels)
     else:
         held_out = HeldOutSet(open_dataset(task.data), tokenizer, context_length)
+        check_alike(task, held_out.dataset.fingerprint)
         read, text_of, texts = held_out.encoded_image, held_out.text_of, held_out.texts
         features, undecodable = images_of(read, len(held_out.samples))
         text_features = texts_of(held_out.token_ids)
@@ -157,6 +181,17 @@ def evaluate(
             )
     # One rank's, as all act on them: two kinds of CPU can break a tie in two ways.
     return (from_first(scores) if dist.is_initialized() else scores), examples
+
+
+def check_alike(task: TaskConfig, content: object) -> None:
+    """Raises JointError unless all ranks have the same content, as each encodes a share of it."""
+    digest = hashlib.sha256(repr(content).encode(errors="backslashreplace")).hexdigest()
+    digests = gather_objects(digest) if dist.is_initialized() else [digest]
+    if other := [rank for rank, found in enumerate(digests) if found != digests[0]]:
+        raise JointError(
+            f"'{task.data}' does not hold the same on all machines: rank {other[0]} finds other "
+            "images, names or templates than rank 0. Copy it anew"
+        )
 
 
 def image_to_text(similarity: torch.Tensor, text_of: torch.Tensor) -> dict[str, float]:

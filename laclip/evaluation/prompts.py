@@ -24,8 +24,8 @@ def find_class_names(images: ImageSet, given: str | None) -> tuple[list[str], st
     if file is None and all(name.isdecimal() for name in images.classes):
         raise FileNotFoundError(
             f"'{images.path}': its classes are numbers; found no classnames.txt there or in the "
-            "folder above, expected one class's name a line, in the numbers' order. Give it: "
-            "--classnames FILE (or imagenet, for its 1,000)"
+            "folder above, expected one class's name a line, in the numbers' order. Name it as "
+            "classnames (or imagenet, for its 1,000)"
         )
     if file is None:
         return [name.replace("_", " ") for name in images.classes], "the folders'"
@@ -34,14 +34,14 @@ def find_class_names(images: ImageSet, given: str | None) -> tuple[list[str], st
         number = images.labels.index(len(images.classes) - 1)
         raise ValueError(
             f"'{images.path}': {images.names[number]} is of class {len(images.classes) - 1}, "
-            f"'{file}' names {len(names)} classes, 0 to {len(names) - 1}. Give the right names: "
-            "--classnames FILE"
+            f"'{file}' names {len(names)} classes, 0 to {len(names) - 1}. Name a file "
+            "with the right names as classnames"
         )
     if not images.numbered and len(names) != len(images.classes):
         raise ValueError(
             f"'{file}' names {len(names)} classes, '{images.path}' has {len(images.classes)} class "
-            f"folders ({', '.join(images.classes[:3])}, ...). Give as many names, in the folders' "
-            "order: --classnames FILE"
+            f"folders ({', '.join(images.classes[:3])}, ...). Name a file with as many names, in "
+            "the folders' order, as classnames"
         )
     if not images.numbered:
         _check_order(names, images, file)
@@ -55,8 +55,8 @@ def _check_order(names: list[str], images: ImageSet, file: Path) -> None:
         if folders.get(_plain(name), folder) != folder:
             raise ValueError(
                 f"'{file}' line {number + 1}: {name!r} would be the name of folder '{folder}', "
-                f"there is a folder '{folders[_plain(name)]}'. Give the names in the folders' "
-                "order: --classnames FILE"
+                f"there is a folder '{folders[_plain(name)]}'. Name a file with the names in the "
+                "folders' order as classnames"
             )
 
 
@@ -124,6 +124,6 @@ def _imagenet_names(images: ImageSet) -> list[str]:
         raise ValueError(
             f"'{images.path}': {len(strangers)} of its {len(images.classes)} folders are WordNet "
             f"ids that ImageNet-1k does not have: {', '.join(strangers[:5])}. Remove them, or name "
-            "all classes: --classnames FILE"
+            "all classes in a file given as classnames"
         )
     return [names[wnid] for wnid in images.classes]
