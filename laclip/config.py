@@ -4,6 +4,7 @@ Frozen dataclasses, one a section; every knob has one home. What ZeRO needs live
 JSON, which may not repeat anything that stands here (laclip/train.py merges the two).
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -282,6 +283,18 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
     config = _build(Config, tree, "", source)
     _check(config, source)
     return config
+
+
+def add_set_option(parser: argparse.ArgumentParser) -> None:
+    """The option whose words are load_config's overrides."""
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override keys of the configuration, e.g. --set optimizer.lr=5e-4 train.steps=100",
+    )
 
 
 def dump_config(config: Config) -> str:

@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from laclip.captions import pack
-from laclip.config import Config, ModelConfig, load_config
+from laclip.config import Config, ModelConfig, add_set_option, load_config
 from laclip.dataset import CAPTION_MISSING, POSITION_MASK, Dataset, open_dataset
 from laclip.engine_settings import engine_settings
 from laclip.flops import PEAK_FLOPS, peak_flops, training_flops
 from laclip.metrics import duration
 from laclip.model import CLIP, build_model, set_recomputation
 from laclip.parallel import Ranks
-from laclip.tokenizer import load_tokenizer
+from laclip.tokenizer import Tokenizer, load_tokenizer
 
 OUTSIDE_PYTORCH = 3e9  # bytes: CUDA's context, NCCL, cuDNN, image decoders (an estimate)
 MICRO = "train_micro_batch_size_per_gpu"
@@ -65,14 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="ZeRO's settings (%(default)s)",
     )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override keys of the configuration",
-    )
+    add_set_option(parser)
     parser.add_argument(
         "--gpus",
         type=int,
@@ -113,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.set)
     ranks = Ranks(0, args.gpus, 0, torch.device("cuda", 0))
     settings = engine_settings(Path(args.deepspeed_config), config, ranks)
-    samples = find_samples(config, args.samples)
     tokenizer = load_tokenizer(config.data.tokenizer)
+    samples = find_samples(config, args.samples, tokenizer)
     vocabulary = tokenizer.vocab_size, tokenizer.eot_token
     with torch.device("meta"):
         model = build_model(config.model, *vocabulary, config.train.loss == "siglip")
@@ -226,7 +219,7 @@ def flops_done(config: Config, samples: Samples, parts: int) -> float:
     return flops + trained * again / 3
 
 
-def find_samples(config: Config, count: int | None) -> Samples:
+def find_samples(config: Config, count: int | None, tokenizer: Tokenizer) -> Samples:
     """What the data sets of a run hold; `count` samples where they are not on this machine."""
     data = config.data
     if count is not None:
@@ -237,7 +230,7 @@ def find_samples(config: Config, count: int | None) -> Samples:
         datasets = [open_dataset(path) for path in data.train]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. Without it: --samples N") from None
-    lengths, sizes = zip(*(_looked_at(dataset, config) for dataset in datasets))
+    lengths, sizes = zip(*(_looked_at(dataset, config, tokenizer) for dataset in datasets))
     weights = [dataset.num_samples for dataset in datasets]
     variants = max(len(dataset.variants) for dataset in datasets)
     return Samples(
@@ -248,9 +241,8 @@ def find_samples(config: Config, count: int | None) -> Samples:
     )
 
 
-def _looked_at(dataset: Dataset, config: Config) -> tuple[float, float]:
+def _looked_at(dataset: Dataset, config: Config, tokenizer: Tokenizer) -> tuple[float, float]:
     """Mean tokens of a caption as the policy draws them, and mean bytes of an image."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
     dataset.check_tokenizer(tokenizer.fingerprint)
     ends_of_text = 1 if tokenizer.sot_token is None else 2
     variants = len(dataset.variants)

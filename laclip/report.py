@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from laclip.checkpoint import main_score
 from laclip.metrics import duration, read_metrics
 
 _STYLE = """
@@ -167,7 +168,7 @@ def _score_curves(records: list[dict], scores: dict[str, dict]) -> str:
     """The main score of each held-out task, where the run was scored on its way."""
     history = [(r["step"] + 1, r["scores"]) for r in records if "scores" in r]
     if history and scores:
-        last = {name: score[_measure(score)[0]] for name, score in scores.items()}
+        last = {name: main_score(score) for name, score in scores.items()}
         history.append((records[-1]["step"] + 1, last))
     figures = ""
     for name in dict.fromkeys(name for _, scored in history for name in scored):

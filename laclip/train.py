@@ -30,7 +30,7 @@ from laclip.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from laclip.config import Config, load_config
+from laclip.config import Config, add_set_option, load_config
 from laclip.dataset import Dataset, open_dataset
 from laclip.engine_settings import engine_settings, prepare_cpu
 from laclip.evaluation.held_out import check_task, evaluate, named
@@ -66,14 +66,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="ZeRO's settings")
     parser.add_argument("--config", metavar="TOML", help="the run (default: configs/demo.toml)")
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override keys of the configuration, e.g. --set optimizer.lr=5e-4 train.steps=100",
-    )
+    add_set_option(parser)
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder, under its own config"
     )

@@ -11,12 +11,30 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from laclip.config import DataConfig
 from laclip.images import DecodeError, ImagePipeline
 from laclip.metrics import duration
 from laclip.parallel import Ranks, gather_objects, gather_rows
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # inputs -> features [batch, dim]
 BATCHES_IN_FLIGHT = 2  # one is decoded while the one before is encoded
+
+
+def evaluation_pipeline(
+    data: DataConfig, image_size: int, batch_size: int, device: torch.device
+) -> ImagePipeline:
+    """Images as a run has them scored: the shorter side resized, the centre cut."""
+    return ImagePipeline(
+        batch_size=batch_size,
+        image_size=image_size,
+        interpolation=data.interpolation,
+        normalize=data.normalize,
+        train=False,
+        device=device,
+        threads=data.decode_threads,
+        depth=BATCHES_IN_FLIGHT,
+        exif_rotation=data.exif_rotation,
+    )
 
 
 class Progress:

@@ -13,9 +13,13 @@ import torch.distributed as dist
 
 from laclip.config import DataConfig, TaskConfig
 from laclip.dataset import BAD, CAPTION_MISSING, Dataset, open_dataset
-from laclip.evaluation.features import BATCHES_IN_FLIGHT, Encode, encode_images, encode_texts
+from laclip.evaluation.features import (
+    Encode,
+    encode_images,
+    encode_texts,
+    evaluation_pipeline,
+)
 from laclip.evaluation.zero_shot import ClassSet
-from laclip.images import ImagePipeline
 from laclip.parallel import JointError, Ranks, from_first, gather_objects
 from laclip.tokenizer import Tokenizer
 
@@ -113,17 +117,7 @@ def evaluate(
     the first, `n` items, `undecodable` images left out. examples: at most 12 evenly spaced images
     with the five captions (or classes) nearest to each, the encoded image in base64.
     """
-    pipeline = ImagePipeline(
-        batch_size=batch_size,
-        image_size=image_size,
-        interpolation=data.interpolation,
-        normalize=data.normalize,
-        train=False,
-        device=ranks.device,
-        threads=data.decode_threads,
-        depth=BATCHES_IN_FLIGHT,
-        exif_rotation=data.exif_rotation,
-    )
+    pipeline = evaluation_pipeline(data, image_size, batch_size, ranks.device)
 
     def images_of(read: Callable[[int], np.ndarray], count: int):
         found = encode_images(read, count, encode_image, pipeline, batch_size, ranks)

@@ -11,7 +11,12 @@ import torch
 from laclip.checkpoint import find_weights, read_weights
 from laclip.config import load_config
 from laclip.evaluation.data import ImageSet
-from laclip.evaluation.features import BATCHES_IN_FLIGHT, Progress, encode_images, encode_texts
+from laclip.evaluation.features import (
+    Progress,
+    encode_images,
+    encode_texts,
+    evaluation_pipeline,
+)
 from laclip.images import ImagePipeline
 from laclip.model import build_model, load_state
 from laclip.parallel import Ranks
@@ -58,18 +63,8 @@ class TrainedModel:
 
     @cached_property
     def _pipeline(self) -> ImagePipeline:
-        data = self.config.data
-        return ImagePipeline(
-            batch_size=self.config.evaluation.batch_size,
-            image_size=self.config.model.vision.image_size,
-            interpolation=data.interpolation,
-            normalize=data.normalize,
-            train=False,
-            device=self.device,
-            threads=data.decode_threads,
-            depth=BATCHES_IN_FLIGHT,
-            exif_rotation=data.exif_rotation,
-        )
+        size, batch = self.config.model.vision.image_size, self.config.evaluation.batch_size
+        return evaluation_pipeline(self.config.data, size, batch, self.device)
 
     def _autocast(self) -> torch.autocast:
         precision = self.config.train.precision
