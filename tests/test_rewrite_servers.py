@@ -205,6 +205,55 @@ def test_a_caption_that_the_server_refuses_is_an_answer(serve):
     assert len(answers) == 10
 
 
+def test_a_caption_that_the_server_refuses_is_an_answer_though_it_is_the_only_one_left(serve):
+    server = serve(lambda number, caption: 400 if caption == "caption number 0" else None)
+    ((request, answer),) = engine(server.url, in_flight=1).answers(requests(1))
+    assert request.number == 0 and answer.refused and "no, " in answer.text
+
+
+@pytest.mark.parametrize("fault", [400, 401, 403, 404, 500, "close"])
+def test_while_a_server_takes_nothing_no_caption_is_at_fault(fault, serve, monkeypatch):
+    """As a hosted one whose credit is used up, or a load balancer whose servers start again."""
+    monkeypatch.setattr("laclip.rewrite.servers.LONGEST_PAUSE_SECONDS", 0.01)
+    server = serve(lambda number, caption: fault if 20 <= number < 320 else None)
+    assert_each_answered_once(list(engine(server.url, in_flight=4).answers(requests(60))), 60)
+
+
+def test_a_server_that_answered_once_is_not_waited_for_for_ever(serve, monkeypatch):
+    monkeypatch.setattr("laclip.rewrite.servers.OUTAGE_SECONDS", 0.1)
+    server = serve(lambda number, caption: 400 if number >= 20 else None)
+    with pytest.raises(ValueError, match="no server answers any more. Last: .* 400 "):
+        list(engine(server.url, in_flight=4).answers(requests(60)))
+
+
+def test_a_limit_sets_no_caption_aside(serve, monkeypatch):
+    monkeypatch.setattr("laclip.rewrite.servers.LONGEST_PAUSE_SECONDS", 0.01)
+    asked: Counter = Counter()
+
+    def fault(number, caption):
+        asked[caption] += 1
+        return 429 if asked[caption] <= 20 and not caption.endswith(" 0") else None
+
+    answers = list(engine(serve(fault).url, in_flight=4).answers(requests(5)))
+    assert_each_answered_once(answers, 5)
+
+
+def test_an_engine_takes_one_shard_after_another(serve):
+    server = serve()
+    shared, done = engine(server.url), []
+
+    def work():
+        for _ in range(20):
+            answers = list(shared.answers(requests(5)))
+            assert_each_answered_once(answers, 5)
+            done.append(len(answers))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(120)
+    assert done == 20 * [5]
+
+
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://me:pass@host/v1"])
 def test_unfit_address_is_refused(url):
     with pytest.raises(ValueError, match="--server") as raised:

@@ -13,6 +13,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,9 +23,10 @@ from laclip.rewrite.engine import Answer, Request, Sampling, first_line
 KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 8  # of one request, over all servers
 LONGEST_PAUSE_SECONDS = 60.0
+OUTAGE_SECONDS = 1800.0  # that a run waits for servers which answered before
 TOLD_SECONDS = 30.0  # between two lines about failures
-_REFUSED = (400, 413, 422)  # fault of the request
-_FATAL = (401, 403, 404, 405)  # no request will ever succeed
+_REFUSED = (400, 403, 413, 422)  # fault of the request, if the server takes another one
+_UNFIT = (301, 302, 307, 308, 401, 404, 405)  # fault of the command, if it never was otherwise
 
 
 class Servers:
@@ -51,19 +54,24 @@ class Servers:
         # When to try again, and by another server than which.
         self._later: list[tuple[float, str, Request]] = []
         self._wake = threading.Condition()
-        self._closed = False
-        self._succeeded = False
+        self._results: queue.SimpleQueue | None = None  # of the call of answers() that is at work
+        self._answered: set[str] = set()  # servers that did so once
+        self._answered_at = 0.0
         self._failures = 0  # since the last answer
         self._told = -TOLD_SECONDS
 
     def answers(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Answer]]:
         """Every request with its answer, in the order in which answers come.
 
-        A request that fails is tried again, by whichever server is free, up to TRIES times.
-        Raises ValueError when servers refuse all requests, and when none answers any more.
+        A request that fails is tried again, by whichever server is free. It is given up when it
+        failed TRIES times (limits apart) or was refused, though the server had just answered
+        another one: while that fails, too, nothing is the request's fault. Raises ValueError when
+        a server refuses everything from the start, and when none answers any more.
         """
         results: queue.SimpleQueue = queue.SimpleQueue()
-        self._closed, self._failures = False, 0
+        with self._wake:
+            self._results, self._failures = results, 0
+            self._answered_at = time.monotonic()
         for number in range(self.in_flight * len(self.urls)):
             url = self.urls[number % len(self.urls)]
             threading.Thread(target=self._work, args=(url, results), daemon=True).start()
@@ -88,23 +96,25 @@ class Servers:
                 yield item
         finally:
             with self._wake:
-                self._closed = True
+                self._results = None
                 self._waiting.clear()
                 self._later.clear()
                 self._wake.notify_all()
 
     def _work(self, url: str, results: queue.SimpleQueue) -> None:
-        """One thread, one connection: takes requests until the engine is closed."""
+        """One thread, one connection: takes requests until the call that started it has ended."""
         connection = None
         pause = 0.0
         while True:
             with self._wake:
-                if pause and not self._closed:
-                    self._wake.wait_for(lambda: self._closed, timeout=pause)
-                request = self._next(url)
+                if pause:
+                    self._wake.wait_for(lambda: self._results is not results, timeout=pause)
+                request = self._next(url, results)
             if request is None:
                 break
+            last = False
             try:
+                last = request.tries >= TRIES - 1 and self._takes_another(url, request)
                 connection = connection or self._connect(url)
                 answer = self._ask(connection, url, request)
             except _Unusable as error:
@@ -116,20 +126,23 @@ class Servers:
                 connection = None
                 pause = min(max(2 * pause, self.first_pause_seconds), LONGEST_PAUSE_SECONDS)
                 pause = max(pause, getattr(error, "pause_seconds", 0.0))
-                self._again(request, url, str(error) or type(error).__name__, results)
+                limited = getattr(error, "limited", False)
+                request.tries += not limited
+                over = last and not limited
+                self._again(request, url, str(error) or type(error).__name__, results, over)
             except Exception as error:  # ours to mend, but not to hang on
                 results.put(error)
                 break
             else:
-                pause, self._failures, self._succeeded = 0.0, 0, True
+                pause = 0.0
                 results.put((request, answer))
         if connection is not None:
             connection.close()
 
-    def _next(self, url: str) -> Request | None:
-        """Waits for a request whose time has come (with the lock held); None when closed."""
+    def _next(self, url: str, results: queue.SimpleQueue) -> Request | None:
+        """Waits for a request whose time has come (with the lock held); None when all is done."""
         alone = len(set(self.urls)) == 1
-        while not self._closed:
+        while self._results is results:
             now = time.monotonic()
             failed = [item for item in self._later if alone or item[1] != url]
             first = min(failed, key=lambda item: item[0], default=None)
@@ -141,26 +154,42 @@ class Servers:
             self._wake.wait(first[0] - now if first else None)
         return None
 
-    def _again(self, request: Request, url: str, reason: str, results: queue.SimpleQueue) -> None:
-        request.tries += 1
+    def _again(
+        self, request: Request, url: str, reason: str, results: queue.SimpleQueue, over: bool
+    ) -> None:
         reason = self._hidden(f"{url}: {reason}")
         with self._wake:
-            if self._closed:  # the run has ended: nobody waits for this request any more
+            if self._results is not results:  # the run has ended: nobody waits for the request
                 return
+            if over:
+                results.put((request, Answer(reason, failed=True)))
+                return
+            now = time.monotonic()
             self._failures += 1
-            if time.monotonic() - self._told >= TOLD_SECONDS:
-                self._told = time.monotonic()
+            if now - self._told >= TOLD_SECONDS:
+                self._told = now
                 print(f"\nrewrite: trying again after a failure: {reason}", file=sys.stderr)
             # Each thread failed a request as often as it may, and no answer came in between.
-            if self._failures > TRIES * self.in_flight * len(self.urls):
+            out = self._failures > TRIES * self.in_flight * len(self.urls)
+            if self._answered:
+                out = self._failures > TRIES and now - self._answered_at > OUTAGE_SECONDS
+            if out:
                 results.put(ValueError(f"no server answers any more. Last: {reason}"))
-            elif request.tries >= TRIES:
-                results.put((request, Answer(reason, failed=True)))
-            else:
-                pause = self.first_pause_seconds * 2 ** (request.tries - 1)
-                when = time.monotonic() + min(pause, LONGEST_PAUSE_SECONDS)
-                self._later.append((when, url, request))
-                self._wake.notify_all()
+                return
+            pause = self.first_pause_seconds * 2 ** min(max(request.tries - 1, 0), 16)
+            self._later.append((now + min(pause, LONGEST_PAUSE_SECONDS), url, request))
+            self._wake.notify_all()
+
+    def _takes_another(self, url: str, request: Request) -> bool:
+        """Whether the server answers one of the request's examples in place of its caption."""
+        connection = self._connect(url)
+        try:
+            self._answer(url, *self._post(connection, url, _example(request)))
+        except (OSError, http.client.HTTPException, _Failure, _Refusal, _Unusable):
+            return False
+        finally:
+            connection.close()
+        return True
 
     def _connect(self, url: str) -> http.client.HTTPConnection:
         parts = urlsplit(url)
@@ -170,6 +199,19 @@ class Servers:
         return kind(parts.hostname, parts.port, timeout=self.timeout_seconds)
 
     def _ask(self, connection, url: str, request: Request) -> Answer:
+        with suppress(_Refusal):
+            return self._answer(url, *self._post(connection, url, request))
+        try:  # whose fault is it?
+            self._answer(url, *self._post(connection, url, _example(request)))
+        except _Refusal as error:
+            raise self._blame(url, str(error)) from None
+        try:
+            return self._answer(url, *self._post(connection, url, request))
+        except _Refusal as error:
+            return Answer(self._hidden(str(error)), refused=True)
+
+    def _post(self, connection, url: str, request: Request) -> tuple[int, str | None, bytes]:
+        """The answer's status, Retry-After and content."""
         chat = self.sampling.chat
         body: dict[str, Any] = {
             "model": self.model,
@@ -187,19 +229,17 @@ class Servers:
         path = urlsplit(url).path + ("/chat/completions" if chat else "/completions")
         connection.request("POST", path, json.dumps(body), headers)
         response = connection.getresponse()
-        data = response.read()
-        if response.status != 200:
-            said = f"{response.status} {data[:300].decode(errors='replace')}"
-            if response.status in _FATAL or (
-                response.status in _REFUSED and not self._succeeded and request.tries
-            ):
-                raise _Unusable(f"{url}{path.removeprefix(urlsplit(url).path)}: {said}")
-            if response.status in _REFUSED and self._succeeded:
-                return Answer(self._hidden(said), refused=True)
-            raise _Failure(said, _pause(response.headers.get("Retry-After")))
-        return self._answer(data)
+        return response.status, response.headers.get("Retry-After"), response.read()
 
-    def _answer(self, data: bytes) -> Answer:
+    def _answer(self, url: str, status: int, retry_after: str | None, data: bytes) -> Answer:
+        """Raises _Refusal, _Unusable or _Failure where there is none."""
+        said = f"{status} {data[:300].decode(errors='replace')}"
+        if status in _REFUSED:
+            raise _Refusal(said)
+        if status in _UNFIT:
+            raise self._blame(url, said)
+        if status != 200:
+            raise _Failure(said, _pause(retry_after), status == 429 or retry_after is not None)
         try:
             found = json.loads(data)
             choice = found["choices"][0]
@@ -212,10 +252,18 @@ class Servers:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             shown = data[:200].decode(errors="replace")
             raise _Failure(f"expected a completion, found {shown!r}") from None
+        with self._wake:
+            self._failures, self._answered_at = 0, time.monotonic()
+            self._answered.add(url)
         cut = choice.get("finish_reason") == "length"
         if not self.sampling.chat and "\n" in text:
             text, cut = first_line(text), False  # a server that knows no `stop`
         return Answer(text, tokens, cut)
+
+    def _blame(self, url: str, said: str) -> Exception:
+        """What a server that takes no request at all is: ill, if it took one before."""
+        way = "/chat/completions" if self.sampling.chat else "/completions"
+        return _Failure(said) if url in self._answered else _Unusable(f"{url}{way}: {said}")
 
     def _hidden(self, text: str) -> str:
         """Servers repeat the key in their errors; it must reach no file."""
@@ -223,15 +271,24 @@ class Servers:
 
 
 class _Failure(Exception):
-    """An answer that may be better the next time."""
+    """An answer that may be better the next time; limited: the server asks for patience."""
 
-    def __init__(self, text: str, pause_seconds: float = 0.0):
+    def __init__(self, text: str, pause_seconds: float = 0.0, limited: bool = False):
         super().__init__(text)
-        self.pause_seconds = pause_seconds
+        self.pause_seconds, self.limited = pause_seconds, limited
+
+
+class _Refusal(Exception):
+    """A server's word that it does not take this request."""
 
 
 class _Unusable(Exception):
     """A server to which no request makes sense."""
+
+
+def _example(request: Request) -> Request:
+    """A request that any server takes."""
+    return replace(request, caption=request.examples[0][0])
 
 
 def _pause(retry_after: str | None) -> float:
