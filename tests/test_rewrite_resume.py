@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 
 import loopback
@@ -16,6 +17,11 @@ import pytest
 from laclip.cli import main
 from laclip.dataset import open_dataset
 from laclip.prepare.tokenize import tokenize
+from laclip.rewrite.captions import CaptionShard
+from laclip.rewrite.engine import Sampling
+from laclip.rewrite.job import Plan, open_folder, rewrite_shards
+from laclip.rewrite.prompts import load_prompts
+from laclip.rewrite.servers import Servers
 
 SHARDS, CAPTIONS = 4, 120
 
@@ -183,6 +189,31 @@ def test_a_line_that_was_cut_off_is_asked_for_again(server, captions, tmp_path):
     assert json.loads(found[0])["text"] == "kept as it is"
     assert found[1:] == whole[1:]
     assert counts(out)[-1]["shard"] == "3"
+
+
+def test_the_end_of_a_large_shard_holds_little_of_it_in_memory(tmp_path):
+    count, text = 10_000, 3000 * "x"
+    (tmp_path / "a.txt").write_text("a caption\n" * count)
+    (tmp_path / "out").mkdir()
+    open_folder(tmp_path / "out", {})
+    with (tmp_path / "out" / "parts" / "a.jsonl").open("w") as part:
+        for n in random.Random(0).sample(range(count), count):
+            entry = {"n": n, "key": str(n), "text": text, "source": "a caption", "tokens": 1}
+            part.write(json.dumps(entry | ({"reason": "echo"} if n % 10 == 0 else {})) + "\n")
+    engine = Servers(["http://localhost:1/v1"], "m", Sampling(load_prompts("plain")))
+    tracemalloc.start()
+    try:
+        plan = Plan(tmp_path / "out", "m", 0)
+        (result,) = rewrite_shards([CaptionShard(tmp_path / "a.txt")], plan, engine)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < count * len(text) / 3
+    assert (result["accepted"], result["rejected"]) == (count * 9 // 10, {"echo": count // 10})
+    for name, rejected in (("shards", False), ("rejects", True)):
+        lines = (tmp_path / "out" / name / "a.jsonl").open()
+        keys = [json.loads(line)["key"] for line in lines]
+        assert keys == [str(n) for n in range(count) if (n % 10 == 0) == rejected]
 
 
 @pytest.mark.parametrize("change", [("--seed", 1), ("--prompts", "brief"), ("--max-tokens", 9)])

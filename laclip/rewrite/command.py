@@ -279,8 +279,9 @@ def _merge(folder: Path, done: list[dict], parquet: bool, measured: bool) -> Pat
             schema = pyarrow.schema(fields)
             with pyarrow.parquet.ParquetWriter(out, schema, compression="zstd") as writer:
                 for part in parts:
-                    entries = [entry for entry, _ in read_lines(part)]
-                    writer.write_table(pyarrow.Table.from_pylist(entries, schema))
+                    entries = (entry for entry, _ in read_lines(part))
+                    while rows := list(islice(entries, 100_000)):
+                        writer.write_table(pyarrow.Table.from_pylist(rows, schema))
         else:
             for part in parts:
                 with open(part, "rb") as file:

@@ -16,12 +16,15 @@ import fcntl
 import json
 import os
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from laclip.rewrite.captions import CaptionShard
 from laclip.rewrite.engine import Answer, Request
@@ -246,25 +249,33 @@ class _Shard:
             self.close()
 
     def _finish(self) -> dict:
-        entries = sorted((entry for entry, _ in read_lines(self.part)), key=lambda e: e["n"])
-        reasons = Counter(entry["reason"] for entry in entries if "reason" in entry)
-        plan, prompts = self.plan, self.plan.prompts
+        numbers, sizes, tokens, reasons = array("q"), array("q"), 0, Counter[str]()
+        for entry, size in read_lines(self.part):
+            numbers.append(entry["n"])
+            sizes.append(size)
+            tokens += entry["tokens"]
+            reasons.update([entry["reason"]] if "reason" in entry else [])
+        places = np.cumsum(sizes, dtype=np.int64) - np.asarray(sizes)
+        plan, prompts, name = self.plan, self.plan.prompts, f"{self.shard.name}.jsonl"
         made: dict[str, Any] = {"model": plan.model, "prompts": prompts.name if prompts else None}
         made["seed"] = plan.seed
-        folders = {True: plan.folder / "rejects", False: plan.folder / "shards"}
-        for rejected, folder in folders.items():  # rewrites last: with them the shard is finished
-            with whole_file(folder / f"{self.shard.name}.jsonl") as file:
-                for entry in entries:
-                    if ("reason" in entry) == rejected:
-                        kept = {k: v for k, v in entry.items() if k not in ("n", "tokens")}
-                        file.write(as_line(kept | made))
+        with (  # the rewrites get their name last: with them the shard is finished
+            whole_file(plan.folder / "shards" / name) as rewrites,
+            whole_file(plan.folder / "rejects" / name) as rejects,
+            open(self.part, "rb") as part,
+        ):
+            for place in places[np.argsort(numbers)]:
+                part.seek(place)
+                entry = json.loads(part.readline())
+                kept = {k: v for k, v in entry.items() if k not in ("n", "tokens")}
+                (rejects if "reason" in entry else rewrites).write(as_line(kept | made))
         return {
             "shard": self.shard.name,
             "captions": self.captions,
             "duplicate_keys": self.duplicates,
-            "accepted": len(entries) - reasons.total(),
+            "accepted": len(numbers) - reasons.total(),
             "rejected": dict(reasons.most_common()),
-            "tokens": sum(entry["tokens"] for entry in entries),
+            "tokens": tokens,
             "seconds": round(time.monotonic() - self.begin, 3),
         }
 
