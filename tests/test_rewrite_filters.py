@@ -14,10 +14,26 @@ WRONG = [
     ("refusal", "I'm sorry, but I cannot help with that."),
     ("refusal", "As an AI language model, I have no eyes"),
     ("refusal", "I can't rewrite this caption"),
+    ("refusal", "I’m unable to rewrite this caption."),
+    ("refusal", "I can’t assist with that request."),
+    ("refusal", "Sorry, I won't do that"),
+    ("refusal", "Please provide the caption you would like me to change."),
+    ("lines", "a dog by the sea\ra second caption"),
     ("chatter", "Sure, here is a rewrite: a dog by the sea"),
     ("chatter", "Here's another version: a dog by the sea"),
     ("chatter", "Caption: a dog by the sea"),
     ("chatter", "A dog by the sea. Let me know if you need more"),
+    ("chatter", "Here’s one: a dog by the sea"),
+    ("chatter", "Rephrased: a dog by the sea"),
+    ("chatter", "a dog by the sea (Note: I kept the place)"),
+    ("markup", "<think>a short one</think> a dog by the sea"),
+    ("markup", "a dog by the sea<|im_end|>"),
+    ("markup", "a dog by the sea</s>"),
+    ("markup", "1. a dog by the sea"),
+    ("markup", "- a dog by the sea"),
+    ("markup", "**A dog** by the sea"),
+    ("markup", '{"caption": "a dog by the sea"}'),
+    ("markup", "a dog by the\0 sea"),
     ("prompt", "a dog => a cat"),
     ("prompt", "Shown Beside, the caption"),
     ("echo", "brown dog on the beach, at brighton (2019)"),
@@ -34,6 +50,9 @@ FINE = [
     "the sea, the sand and the dog",
     "I saw a brown dog at the sea",
     "a dog: brown, on the beach",
+    "you can't believe how this dog loves the sea",
+    "a dog - brown - #1 of 3 at the sea, 3 < 4 and <3",
+    "3.5 kilometres of sand and *one* dog",
 ]
 
 
@@ -75,6 +94,10 @@ def test_originals_in_other_scripts_keep_them():
 
 def test_what_the_original_says_itself_is_no_chatter():
     assert reject("a sign: sorry, but we are closed", "Sorry, but we are closed (sign)") is None
+
+
+def test_marks_that_the_original_has_are_kept():
+    assert reject("<PERSON> and a friend by the sea", "<person> at the sea with a friend") is None
 
 
 def test_quotes_around_an_answer_are_taken_off():

@@ -13,6 +13,7 @@ REASONS = {
     "lines": "the answer has several lines",
     "refusal": "the model declines or speaks of itself",
     "chatter": "words about the answer ('Sure, here is ...') around it",
+    "markup": "marks of a list, of Markdown, HTML or JSON, or of a model's own format",
     "prompt": "parts of the prompt: its arrow, its instruction, one of its examples",
     "echo": "the original again, but for case and punctuation",
     "repetition": "the same words over and over",
@@ -24,9 +25,12 @@ REASONS = {
 }
 MAX_CHARACTERS = 500
 _REFUSAL = re.compile(
-    r"\b(as an ai|ai (language )?model|language model|i('m| am) (sorry|unable|not able)|sorry, but"
-    r"|i (can('|no)?t|cannot) (help|assist|rewrite|see|view|provide|create|generate|fulfill)"
-    r"|i (do not|don't) have (access|the ability)|i apologi[sz]e)",
+    r"\b(as an ai|ai (language )?model|language model|i apologi[sz]e|sorry, (but|i)\b"
+    r"|i('m| am) (sorry|unable|not (able|comfortable))|i (do not|don't) feel comfortable"
+    r"|i (can('|no)?t|won't|will not) (help|assist|rewrite|rephrase|see|view|provide|create"
+    r"|generate|fulfill?|comply|process|do th(at|is))"
+    r"|i (do not|don't) have (access|the ability)"
+    r"|please (provide|share) (the|a|your|me)\b)",
     re.IGNORECASE,
 )
 _CHATTER = re.compile(
@@ -34,8 +38,13 @@ _CHATTER = re.compile(
     r"|^\W*(sure|certainly|of course)\b.{0,40}\bhere\b|\bhere('s| is| are)\b.{0,60}:"
     r"|^\W*(the )?(rewritten|rephrased|revised|new|alternative|modified|original)?\s*"
     r"(caption|rewrite|version|answer|output|response|description)\s*:"
+    r"|^\W*(rewritten|rephrased|revised|assistant)\s*:|\b(note|original( caption)?):"
     r"|\b(let me know|feel free|hope (this|that) helps|would you like|happy to help)\b"
     r"|\b(rewritten|rephrased|revised) (caption|version|sentence)\b",
+    re.IGNORECASE,
+)
+_MARKUP = re.compile(
+    r"^([-*#•]+|\d+[.)])\s|\*\*|``|<[|/]?[a-z_]+[|/]?>|\[/?inst\]|\\n|^[{\[]\W*\"|[\0-\x08\x0e-\x1f\x7f]",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"\d+")
@@ -79,12 +88,12 @@ def reject(
         return "empty"
     if cut:
         return "cut"
-    if "\n" in rewrite:
+    if len(rewrite.splitlines()) > 1:
         return "lines"
-    if _REFUSAL.search(rewrite) and not _REFUSAL.search(original):
-        return "refusal"
-    if _CHATTER.search(rewrite) and not _CHATTER.search(original):
-        return "chatter"
+    said, had = rewrite.replace("’", "'"), original.replace("’", "'")
+    for reason, pattern in (("refusal", _REFUSAL), ("chatter", _CHATTER), ("markup", _MARKUP)):
+        if pattern.search(said) and not pattern.search(had):
+            return reason
     arrow = "=>" in rewrite and (prompt or "=>" not in original)  # a prompt shows none of its own
     if arrow or any(words == _words(text) for text in prompt):
         return "prompt"
