@@ -237,6 +237,25 @@ def test_changed_captions_and_a_foreign_folder_are_refused(server, captions, tmp
     assert "no job.json" in capsys.readouterr().err
 
 
+def test_captions_in_another_order_do_not_take_each_others_rewrites(
+    server, captions, tmp_path, capsys
+):
+    out, path = tmp_path / "out", captions / "3.jsonl"
+    assert main(words(captions, out, server)) == 0
+    entry = {"n": 0, "key": "3-0", "text": "seen", "source": "cap 3 0", "tokens": 3}
+    (out / "parts" / "3.jsonl").write_text(json.dumps(entry) + "\n")  # as a kill would leave it
+    (out / "shards" / "3.jsonl").unlink()
+    path.write_text("\n".join(reversed(path.read_text().split("\n"))))
+    assert main(words(captions, out, server)) == 1
+    assert "set aside: 3: " in capsys.readouterr().out
+    path.write_text("\n".join(reversed(path.read_text().split("\n"))))
+    assert main(words(captions, out, server)) == 0
+    (again,) = [
+        e for e in map(json.loads, (out / "shards" / "3.jsonl").open()) if e["key"] == "3-0"
+    ]
+    assert again["text"] == "seen"
+
+
 def test_two_runs_in_one_folder_are_kept_apart(server, captions, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "laclip.cli", *words(captions, out, server)]

@@ -163,10 +163,10 @@ class _Shard:
         except BlockingIOError:
             self.file.close()
             raise
-        self.done: set[int] = set()
+        self.done: dict[int, int] = {}  # the hash of what was there, by its number
         whole = 0
         for entry, size in read_lines(self.part):
-            self.done.add(entry["n"])
+            self.done[entry["n"]] = hash((entry["key"], entry["source"]))
             whole += size
             on_answer("reason" not in entry, None)
         self.file.truncate(whole)  # a line that was cut off
@@ -184,6 +184,11 @@ class _Shard:
                     continue
                 seen.add(key)
                 if number in self.done:
+                    if self.done[number] != hash((key, caption)):
+                        raise ValueError(
+                            f"{self.shard.path}: its caption {number}, of key {key}, is another "
+                            "than the one that this run had there before. Name another folder"
+                        )
                     continue
                 request = Request(self, number, key, caption, *self.plan.draw(key))
                 if unfit(caption):
