@@ -197,6 +197,13 @@ struct Run {
   std::uint64_t others = 0;
 };
 
+void check_key(std::string_view key, const TarMember& member) {
+  if (key.size() > kMaxKeyBytes || !valid_utf8(key)) {
+    throw TarError("the name of the member " + where(member.offset) +
+                   " is not UTF-8 or longer than 4,096 bytes");
+  }
+}
+
 }  // namespace
 
 Bytes MemorySource::view(std::uint64_t offset, std::size_t bytes) {
@@ -309,10 +316,7 @@ TarScan scan_tar(ByteSource& source) {
       }
       continue;
     }
-    if (key.size() > kMaxKeyBytes || !valid_utf8(key)) {
-      throw TarError("the name of the member " + where(member.offset) +
-                     " is not UTF-8 or longer than 4,096 bytes");
-    }
+    check_key(key, member);
     // A second caption or image of the same kind starts a new run: a duplicate key.
     const bool repeated = (kind == Kind::kImage && run.image) ||
                           (kind == Kind::kCaption && run.caption) ||
@@ -356,6 +360,7 @@ TarTexts read_tar_texts(ByteSource& source, std::string_view extension, std::siz
   while (reader.next(member)) {
     const SplitName name = split_name(member.name);
     if (name.extension != extension || name.key.empty()) continue;
+    check_key(name.key, member);
     texts.keys.emplace_back(name.key);
     texts.bytes +=
         text(source.view(member.offset, std::min<std::uint64_t>(member.bytes, max_bytes)));

@@ -101,6 +101,12 @@ def _csv_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iter
 
 
 def _parquet_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iterator[_Row]:
+    import pyarrow
+
+    def values(column) -> list:
+        bare = pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type)
+        return (column.cast(pyarrow.string()) if bare else column).to_pylist()
+
     with open_parquet(path) as file:
         names = file.schema_arrow.names
         key_column, text_column = _columns(path, names, text_names, key_needed)
@@ -108,11 +114,9 @@ def _parquet_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> 
         for batch in file.iter_batches(
             columns=[names[i] for i in (text_column, key_column) if i >= 0]
         ):
-            texts = batch.column(names[text_column]).to_pylist()
+            texts = values(batch.column(names[text_column]))
             keys = (
-                batch.column(names[key_column]).to_pylist()
-                if key_column >= 0
-                else [None] * len(texts)
+                values(batch.column(names[key_column])) if key_column >= 0 else [None] * len(texts)
             )
             for key, text in zip(keys, texts, strict=True):
                 yield number, key, text

@@ -11,6 +11,8 @@ import pytest
 from laclip import _native
 from laclip.rewrite.captions import open_captions
 
+_MEMBER = tarfile.TarInfo("caf\xe9.txt")
+LATIN1 = _MEMBER.tobuf(tarfile.GNU_FORMAT, "latin1", "strict") + bytes(1024)
 CAPTIONS = {"k1": "a dog", "k2": 'says "hi", twice', "k3": "two\nlines", "k4": "собака => 犬"}
 
 
@@ -48,6 +50,13 @@ def test_lines_of_a_text_have_their_numbers_as_keys(tmp_path):
     assert list(shard.read()) == [
         ("0", "one"), ("1", "two\u2028still two"), ("2", ""), ("3", "four")
     ]  # fmt: skip
+
+
+def test_bytes_in_parquet_are_text(tmp_path):
+    columns = {"key": ["k", None], "caption": ["café".encode(), b"a dog"]}
+    table = pyarrow.table(columns, pyarrow.schema([("key", "binary"), ("caption", "large_binary")]))
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert list(open_captions(tmp_path / "a.parquet")[0].read()) == [("k", "café"), ("1", "a dog")]
 
 
 def test_half_a_character_is_replaced(tmp_path):
@@ -93,6 +102,7 @@ def test_a_folder_gives_its_files_of_one_kind(tmp_path):
         ("a.csv", b"key,text\n1\n", "line 2: 1 cells"),
         ("a.csv", b'key,text\n1,"x\n', "unexpected end"),
         ("a.tar", b"no tar at all" * 100, "a.tar"),
+        ("a.tar", LATIN1, "the name of the member at byte 512 is not UTF-8"),
     ],
 )
 def test_an_unreadable_file_is_named_with_its_line(name, data, message, tmp_path):
