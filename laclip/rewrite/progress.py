@@ -2,18 +2,24 @@
 
 import sys
 import time
+from collections import deque
+
+RATE_SECONDS = 120.0  # whose rates are told: an outage of the past says nothing of the time left
 
 
 class Progress:
-    """Captions done, captions and tokens a second, accepted, time left. Silent off a terminal."""
+    """Captions done, captions and tokens a second, accepted, time left.
+
+    One line on a terminal's stderr, elsewhere a line a minute.
+    """
 
     def __init__(self, total: int | None, shards: int):
         self.total, self.shards = total, shards
         self.captions = self.accepted = self.tokens = self.shards_done = 0
         self.fresh = 0  # captions of this run
-        self.begin = time.monotonic()
-        self.shown = 0.0
-        self.on = sys.stderr.isatty()
+        self.shown = time.monotonic()
+        self.points = deque([(self.shown, 0, 0)])  # when this run had so many captions and tokens
+        self.terminal = sys.stderr.isatty()
 
     def answer(self, accepted: bool, tokens: int | None) -> None:
         """One caption; tokens is None for what an earlier run did."""
@@ -42,22 +48,30 @@ class Progress:
 
     def _show(self) -> None:
         now = time.monotonic()
-        if not self.on or now - self.shown < 0.5:
-            return
-        self.shown = now
-        seconds = max(now - self.begin, 1e-9)
-        rate = self.fresh / seconds
-        text = f"\rrewrite: {self.captions:,}"
+        if now - self.shown >= (0.5 if self.terminal else 60):
+            self.shown = now
+            line = self.line(now)
+            sys.stderr.write(f"\r{line} \x1b[K" if self.terminal else f"{line}\n")
+            sys.stderr.flush()
+
+    def line(self, now: float) -> str:
+        """What there is to tell at this time of time.monotonic, later than at the last call."""
+        self.points.append((now, self.fresh, self.tokens))
+        while len(self.points) > 2 and now - self.points[1][0] >= RATE_SECONDS:
+            self.points.popleft()
+        begin, captions, tokens = self.points[0]
+        seconds = max(now - begin, 1e-9)
+        rate = (self.fresh - captions) / seconds
+        text = f"rewrite: {self.captions:,}"
         text += f"/{self.total:,}" if self.total else ""
         text += f" captions, {self.shards_done}/{self.shards} shards, {rate:,.1f} captions/s"
-        text += f", {self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
+        text += f", {(self.tokens - tokens) / seconds:,.0f} tokens/s" if self.tokens else ""
         text += f", {self.accepted / max(self.captions, 1):.1%} accepted"
         if self.total and rate:
             left = int(max(self.total - self.captions, 0) / rate)
             text += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        sys.stderr.write(text + " \x1b[K")
-        sys.stderr.flush()
+        return text
 
     def close(self) -> None:
-        if self.on:
-            sys.stderr.write("\n")
+        if self.terminal:
+            sys.stderr.write(f"\r{self.line(time.monotonic())} \x1b[K\n")
