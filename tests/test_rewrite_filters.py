@@ -68,6 +68,7 @@ def test_fit_rewrite_passes(text):
 
 def test_cut_answer_is_rejected():
     assert reject("a dog by the", ORIGINAL, cut=True) == "cut"
+    assert reject("", ORIGINAL, cut=True) == "cut"
 
 
 @pytest.mark.parametrize(

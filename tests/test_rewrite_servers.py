@@ -110,7 +110,20 @@ def test_requests_carry_the_prompt_and_the_papers_sampling(chat, serve):
     assert server.keys == {None}
 
 
-FAULTS = ["close", "cut", "slow", 429, 500, 503, b"", b"nonsense", b"[]", b'{"choices": []}']
+ABORTED = b'{"choices": [{"text": " rewr", "finish_reason": "abort"}]}'
+FAULTS = [
+    "close",
+    "cut",
+    "slow",
+    429,
+    500,
+    503,
+    b"",
+    b"nonsense",
+    b"[]",
+    b'{"choices": []}',
+    ABORTED,
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
@@ -203,6 +216,13 @@ def test_a_caption_that_the_server_refuses_is_an_answer(serve):
     answers = list(engine(server.url, in_flight=1).answers(requests(10)))
     assert [r.number for r, answer in answers if answer.refused] == [7]
     assert len(answers) == 10
+
+
+def test_what_a_content_filter_took_away_is_no_rewrite(serve):
+    taken = b'{"choices": [{"text": " rewr", "finish_reason": "content_filter"}]}'
+    server = serve(lambda number, caption: taken if caption.endswith(" 7") else None)
+    answers = list(engine(server.url, in_flight=1).answers(requests(10)))
+    assert [r.number for r, answer in answers if answer.refused] == [7]
 
 
 def test_a_caption_that_the_server_refuses_is_an_answer_though_it_is_the_only_one_left(serve):

@@ -8,8 +8,8 @@ from functools import lru_cache
 REASONS = {
     "unfit": "the caption has no letters: nothing to rewrite, no model was asked",
     "refused": "the server refused the request for this caption (too long for its context, ...)",
+    "cut": "the answer ran into the limit of new tokens (--max-tokens)",
     "empty": "no words in the answer",
-    "cut": "the answer ran into the limit of new tokens",
     "lines": "the answer has several lines",
     "refusal": "the model declines or speaks of itself",
     "chatter": "words about the answer ('Sure, here is ...') around it",
@@ -83,11 +83,11 @@ def reject(
     sentence, so a caption in title case has none. similarity: in meaning, where it was measured;
     below `least` it disqualifies.
     """
+    if cut:  # also where all the tokens went into thoughts
+        return "cut"
     words = _words(rewrite)
     if not words:
         return "empty"
-    if cut:
-        return "cut"
     if len(rewrite.splitlines()) > 1:
         return "lines"
     said, had = rewrite.replace("’", "'"), original.replace("’", "'")

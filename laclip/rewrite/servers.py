@@ -244,6 +244,7 @@ class Servers:
             found = json.loads(data)
             choice = found["choices"][0]
             text = choice["message"]["content"] if self.sampling.chat else choice["text"]
+            end = choice.get("finish_reason")
             tokens = (found.get("usage") or {}).get("completion_tokens") or 0
             if text is None:
                 text = ""
@@ -252,10 +253,14 @@ class Servers:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             shown = data[:200].decode(errors="replace")
             raise _Failure(f"expected a completion, found {shown!r}") from None
+        if end in ("abort", "error"):  # vLLM's and SGLang's, where they stop in the middle
+            raise _Failure(f"an answer that ended with {end!r}")
         with self._wake:
             self._failures, self._answered_at = 0, time.monotonic()
             self._answered.add(url)
-        cut = choice.get("finish_reason") == "length"
+        if end == "content_filter":
+            return Answer(end, tokens, refused=True)
+        cut = end == "length"
         if not self.sampling.chat and "\n" in text:
             text, cut = first_line(text), False  # a server that knows no `stop`
         return Answer(text, tokens, cut)
