@@ -76,6 +76,9 @@ def open_folder(folder: Path, job: dict[str, Any]) -> None:
     if not there:
         with whole_file(path) as file:
             file.write(json.dumps(job, indent=2, ensure_ascii=False).encode() + b"\n")
+    finished = folder / "finished.jsonl"
+    with suppress(FileNotFoundError):
+        os.truncate(finished, sum(size for _, size in read_lines(finished)))  # a line was cut off
     for name in ("parts", "shards", "rejects"):
         (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -105,9 +108,7 @@ def read_finished(folder: Path) -> dict[str, dict]:
 
 def record_finished(folder: Path, result: dict) -> None:
     """Enter a shard as finished; its part is not needed from then on."""
-    path = folder / "finished.jsonl"
-    with open(path, "ab") as file:
-        file.truncate(sum(size for _, size in read_lines(path)))  # a line that was cut off
+    with open(folder / "finished.jsonl", "ab") as file:
         file.write(json.dumps(result).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
