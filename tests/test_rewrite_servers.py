@@ -258,6 +258,15 @@ def test_a_limit_sets_no_caption_aside(serve, monkeypatch):
     assert_each_answered_once(answers, 5)
 
 
+def test_a_caption_that_alone_is_limited_is_given_up(serve, monkeypatch):
+    monkeypatch.setattr("laclip.rewrite.servers.OUTAGE_SECONDS", 4.0)
+    monkeypatch.setattr("laclip.rewrite.servers.LONGEST_PAUSE_SECONDS", 0.01)
+    server = serve(lambda number, caption: 429 if caption == "caption number 7" else None)
+    answers = list(engine(server.url, in_flight=4).answers(requests(10)))
+    assert [request.number for request, answer in answers if answer.failed] == [7]
+    assert len(answers) == 10
+
+
 def test_an_engine_takes_one_shard_after_another(serve):
     server = serve()
     shared, done = engine(server.url), []

@@ -64,9 +64,10 @@ class Servers:
         """Every request with its answer, in the order in which answers come.
 
         A request that fails is tried again, by whichever server is free. It is given up when it
-        failed TRIES times (limits apart) or was refused, though the server had just answered
-        another one: while that fails, too, nothing is the request's fault. Raises ValueError when
-        a server refuses everything from the start, and when none answers any more.
+        was refused, failed TRIES times (limits apart) or is the only one that fails for long,
+        though the server had just answered another one: while that fails, too, nothing is the
+        request's fault. Raises ValueError when a server refuses everything from the start, and
+        when none answers any more.
         """
         results: queue.SimpleQueue = queue.SimpleQueue()
         with self._wake:
@@ -112,9 +113,9 @@ class Servers:
                 request = self._next(url, results)
             if request is None:
                 break
-            last = False
+            last, still = False, self._still(OUTAGE_SECONDS / 2)
             try:
-                last = request.tries >= TRIES - 1 and self._takes_another(url, request)
+                last = (still or request.tries >= TRIES - 1) and self._takes_another(url, request)
                 connection = connection or self._connect(url)
                 answer = self._ask(connection, url, request)
             except _Unusable as error:
@@ -128,7 +129,7 @@ class Servers:
                 pause = max(pause, getattr(error, "pause_seconds", 0.0))
                 limited = getattr(error, "limited", False)
                 request.tries += not limited
-                over = last and not limited
+                over = last and (still or not limited)
                 self._again(request, url, str(error) or type(error).__name__, results, over)
             except Exception as error:  # ours to mend, but not to hang on
                 results.put(error)
@@ -169,16 +170,20 @@ class Servers:
             if now - self._told >= TOLD_SECONDS:
                 self._told = now
                 print(f"\nrewrite: trying again after a failure: {reason}", file=sys.stderr)
-            # Each thread failed a request as often as it may, and no answer came in between.
+            # At the start each thread may fail as often as a request; later it is time that counts.
             out = self._failures > TRIES * self.in_flight * len(self.urls)
             if self._answered:
-                out = self._failures > TRIES and now - self._answered_at > OUTAGE_SECONDS
+                out = self._failures > TRIES and self._still(OUTAGE_SECONDS)
             if out:
                 results.put(ValueError(f"no server answers any more. Last: {reason}"))
                 return
             pause = self.first_pause_seconds * 2 ** min(max(request.tries - 1, 0), 16)
             self._later.append((now + min(pause, LONGEST_PAUSE_SECONDS), url, request))
             self._wake.notify_all()
+
+    def _still(self, seconds: float) -> bool:
+        """Whether servers that answered before have not done so for so long."""
+        return bool(self._answered) and time.monotonic() - self._answered_at > seconds
 
     def _takes_another(self, url: str, request: Request) -> bool:
         """Whether the server answers one of the request's examples in place of its caption."""
