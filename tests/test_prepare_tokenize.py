@@ -103,9 +103,8 @@ def test_rewrites_join_by_key(suffix, folder, tmp_path):
 
 
 def test_rewrites_come_from_a_json_field(folder):
-    tokenize(folder, {"blip": "json:blip", "none": "json:nothing"})
+    tokenize(folder, {"blip": "json:blip"})
     assert texts(folder, "blip") == encoded({key: f"blip {key} text" for key in SAMPLES})
-    assert set(texts(folder, "none").values()) == {None}
 
 
 def release(tmp_path, header=True, rows=7):
@@ -247,6 +246,8 @@ def test_a_broken_file_of_rewrites_is_refused_and_changes_nothing(case, folder, 
     [
         (["--rewrites", "a"], "expected NAME=FILE"),
         (["--rewrites", "a=missing.jsonl"], "no such file"),
+        (["--rewrites", "a=json:blip", "--rewrites", "a=r.jsonl"], "a is json:blip already"),
+        (["--rewrites", "a=json:bilp"], "no KEY.json of"),
         (["--rewrites", "original=x.jsonl"], "original is the name of KEY.txt"),
         (["--drop", "b"], "the dataset has"),
         (["--tokenizer", "bert"], "bert"),

@@ -107,8 +107,10 @@ def tokenize_shard(folder: Path, shard, sources, tokenizer: str, plan: str, done
 
 
 def has_texts(folder: Path, shard, source: Source) -> bool:
-    """Whether a store has a text for any sample of a shard."""
+    """Whether a store, or a field of KEY.json, has a text for any sample of a shard."""
     texts_of = _ShardTexts(folder / shard.name, SamplesTable(folder / f"{shard.stem}.samples"))
+    if source.kind == "json":
+        return any(texts_of.read("json", source.place)[0])
     return len(_store(source.place).find(texts_of.identities(source.identity))[1]) > 0
 
 

@@ -71,11 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    rewrites = {}
+    rewrites: dict[str, str] = {}
     for given in args.rewrites:
         name, equals, file = given.partition("=")
         if not equals or not name or not file:
             raise ValueError(f"--rewrites {given}: expected NAME=FILE")
+        if name in rewrites:
+            raise ValueError(
+                f"--rewrites {given}: {name} is {rewrites[name]} already. Join the files, or give "
+                "each a name of its own"
+            )
         rewrites[name] = file
     print(
         tokenize(
@@ -188,13 +193,19 @@ def _sources(dataset, kept, rewrites, original_csv, join, work: Path, jobs: int)
 def _check_found(dataset, sources: list[Source]) -> None:
     """Rewrites of other samples than these would leave training with the originals alone."""
     for source in sources:
-        if source.kind == "store" and not any(
+        if source.kind not in ("store", "json") or any(
             has_texts(dataset.path, shard, source) for shard in dataset.shards
         ):
+            continue
+        if source.kind == "json":
             raise ValueError(
-                f"--rewrites {source.name}: no sample of {dataset.path} finds a text by its "
-                f"{source.identity}. The first sample's key is {dataset.samples(0).key(0)!r}"
+                f"--rewrites {source.name}=json:{source.place}: no KEY.json of {dataset.path} has "
+                "a text in that field"
             )
+        raise ValueError(
+            f"--rewrites {source.name}: no sample of {dataset.path} finds a text by its "
+            f"{source.identity}. The first sample's key is {dataset.samples(0).key(0)!r}"
+        )
 
 
 def _build(place: Path, path: Path, original_csv: Path | None, join: str) -> tuple[int, int]:
