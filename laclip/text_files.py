@@ -32,14 +32,25 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def read_csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line where it ends, cells) of every record; quoted cells may hold commas and newlines."""
+    """(line where it ends, cells) of every record; quoted cells may hold commas and newlines.
+
+    Raises ValueError for a row of more or fewer cells than the first: a text would be cut there.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such CSV file")
     reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
+    cells = 0
     try:
         for row in reader:
-            if row:
-                yield reader.line_num, row
+            if not row:
+                continue
+            cells = cells or len(row)
+            if len(row) != cells:
+                raise ValueError(
+                    f"{path}: line {reader.line_num}: {len(row)} cells, its first row has {cells}. "
+                    "A text with commas needs quotes"
+                )
+            yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
 
@@ -69,6 +80,17 @@ def open_parquet(path: Path):
         raise ValueError(f"{path}: not Parquet ({error})") from None
 
 
+def check_strings(path: Path, schema: Any, columns: list[str]) -> None:
+    """Raises ValueError for a Parquet column of bytes or lists: no texts, whatever str() says."""
+    from pyarrow import types
+
+    for column in columns:
+        kind = schema.field(column).type
+        value = kind.value_type if types.is_dictionary(kind) else kind
+        if types.is_binary(value) or types.is_large_binary(value) or types.is_nested(value):
+            raise ValueError(f"{path}: column {column!r} holds {kind}, expected strings")
+
+
 def _json_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iterator[_Row]:
     for number, line in enumerate(read_lines(path)):
         if not line.strip():
@@ -89,12 +111,10 @@ def _json_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Ite
 
 def _csv_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iterator[_Row]:
     columns = None
-    for number, (line, row) in enumerate(read_csv_rows(path), -1):
+    for number, (_, row) in enumerate(read_csv_rows(path), -1):
         if columns is None:
             columns = _columns(path, row, text_names, key_needed)
             continue
-        if len(row) <= max(columns):
-            raise ValueError(f"{path}: line {line}: {len(row)} cells, fewer than its first row")
         key_column, text_column = columns
         key = row[key_column] if key_column >= 0 else None
         yield number, key, row[text_column].removesuffix("\n")
@@ -105,9 +125,9 @@ def _parquet_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> 
         names = file.schema_arrow.names
         key_column, text_column = _columns(path, names, text_names, key_needed)
         number = 0
-        for batch in file.iter_batches(
-            columns=[names[i] for i in (text_column, key_column) if i >= 0]
-        ):
+        columns = [names[i] for i in (text_column, key_column) if i >= 0]
+        check_strings(path, file.schema_arrow, columns)
+        for batch in file.iter_batches(columns=columns):
             texts = batch.column(names[text_column]).to_pylist()
             keys = (
                 batch.column(names[key_column]).to_pylist()

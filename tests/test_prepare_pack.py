@@ -175,6 +175,7 @@ def test_another_list_or_a_folder_of_others_is_refused(images, tmp_path, capsys)
         (b"only-a-path.jpg\n", "line 1: 1 cells"),
         ("a.jpg,caf\xe9\n".encode("latin1"), "line 1, byte 9: not UTF-8"),
         (b'a.jpg,"never closed\n', "line"),
+        (b"9.jpg,a dog, on a lawn\n9.jpg,a cat\n", "line 2: 2 cells, its first row has 3"),
     ],
 )
 def test_a_broken_list_is_refused(content, message, images, tmp_path):
@@ -183,6 +184,13 @@ def test_a_broken_list_is_refused(content, message, images, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         pack(tmp_path / "out", path, images)
     assert "bad.csv" in str(error.value)
+
+
+def test_a_list_whose_captions_are_bytes_is_refused(images, tmp_path):
+    path = tmp_path / "l.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"path": ["9.jpg"], "caption": [b"a dog"]}), path)
+    with pytest.raises(ValueError, match="column 'caption' holds binary, expected strings"):
+        pack(tmp_path / "out", path, images)
 
 
 def test_a_list_without_a_single_image_is_refused_and_leaves_nothing(images, tmp_path):

@@ -214,6 +214,12 @@ def bad_file(tmp_path, name, content):
     return path
 
 
+def parquet(texts):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["k0"], "text": texts}), file)
+    return file.getvalue()
+
+
 BAD_FILES = {
     "no json": ("r.jsonl", b'{"key": "k0", "text": "x y"}\n{oops\n', r"r\.jsonl: line 2"),
     "no text": ("r.jsonl", b'{"key": "k0"}\n', "line 1"),
@@ -221,9 +227,12 @@ BAD_FILES = {
     "latin-1": ("r.jsonl", '\n{"key": "é"}'.encode("latin1"), "line 2, byte 10: not UTF-8"),
     "empty": ("r.jsonl", b"", "no rewrites in it"),
     "columns": ("r.csv", b"id,words\n1,a b\n", r"columns \['id', 'words'\], expected key and text"),
+    "long row": ("r.csv", b"key,text\nk0,a b\nk2,a dog, running\n", "line 3: 3 cells.* quotes"),
     "short row": ("r.csv", b"key,text\nk0,a b\nk2\n", "line 3: 1 cells"),
     "open quote": ("r.csv", b'key,text\nk0,"a b\n', r"r\.csv: line"),
     "latin-1 csv": ("r.csv", "key,text\nk0,é".encode("latin1"), "iconv -f latin1"),
+    "bytes": ("r.parquet", parquet([b"a dog"]), "column 'text' holds binary, expected strings"),
+    "lists": ("r.parquet", parquet([["a dog", "a cat"]]), "column 'text' holds list"),
     "no parquet": ("r.parquet", b"PAR1 nothing", "not Parquet"),
     "no original": ("r.txt", b"a line\n", "--original-csv"),
 }

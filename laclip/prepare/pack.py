@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from laclip.dataset import REASONS, checksum_hex
 from laclip.prepare.folder import remove_leftovers, whole_file, write_whole
 from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 from laclip.prepare.sources import CAPTION_COLUMNS, PATH_COLUMNS, read_pairs
+from laclip.text_files import check_strings, open_parquet
 
 RECORD = "pack.json"  # what was packed, beside the shards
 
@@ -133,18 +135,11 @@ def _read(pairs: Path) -> Iterator[tuple[str, str]]:
     if pairs.suffix != ".parquet":
         yield from read_pairs(pairs)
         return
-    import pyarrow
-    import pyarrow.parquet
-
     if not pairs.is_file():
         raise FileNotFoundError(f"{pairs}: no such file")
-    try:
-        file = pyarrow.parquet.ParquetFile(pairs)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{pairs}: not Parquet ({error})") from None
-    with file:
+    with open_parquet(pairs) as file:
         names = {name.lower(): name for name in file.schema_arrow.names}
-        columns = [
+        columns: list[Any] = [
             next((names[name] for name in wanted if name in names), None)
             for wanted in (PATH_COLUMNS, CAPTION_COLUMNS)
         ]
@@ -153,6 +148,7 @@ def _read(pairs: Path) -> Iterator[tuple[str, str]]:
                 f"{pairs}: columns {list(names)[:8]}, expected one of {PATH_COLUMNS} and one of "
                 f"{CAPTION_COLUMNS}"
             )
+        check_strings(pairs, file.schema_arrow, columns)
         for batch in file.iter_batches(columns=columns):
             both = [batch.column(name).to_pylist() for name in columns]
             yield from ((str(a or ""), str(b or "")) for a, b in zip(*both, strict=True))

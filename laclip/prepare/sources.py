@@ -49,10 +49,10 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
             if columns is not None:
                 continue
             columns = 0, 1
-        if len(row) <= max(columns):
-            raise ValueError(
-                f"{path}: line {line}: {len(row)} cells, expected an image path and a caption"
-            )
+            if len(row) < 2:
+                raise ValueError(
+                    f"{path}: line {line}: {len(row)} cells, expected an image path and a caption"
+                )
         cell = row[columns[1]].removesuffix("\n")
         yield row[columns[0]], cell
 
