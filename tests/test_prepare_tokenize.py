@@ -133,6 +133,26 @@ def test_release_texts_join_by_row_path_or_caption(join, header, folder, tmp_pat
     assert texts(folder, "llama") == encoded(expected)
 
 
+@pytest.mark.parametrize("join", ["row", "path"])
+def test_a_list_whose_captions_are_not_those_of_the_tars_is_refused(join, folder, tmp_path):
+    original, text = release(tmp_path, header=False)
+    *first, last = list(csv.reader(original.open(newline="")))
+    shifted = [(row[0], caption) for row, (_, caption) in zip([*first, last], [last, *first])]
+    with open(original, "w", newline="") as file:
+        csv.writer(file).writerows(shifted)
+    with pytest.raises(ValueError, match=r"not the list of .*: 2 of the 2 captions compared") as e:
+        tokenize(folder, {"llama": text}, original_csv=original, join=join)
+    assert "row 0 is 'dead, \"row\" 6', its sample 'a red dog'" in str(e.value)
+    assert open_dataset(folder).variants == ()
+
+
+def test_captions_are_compared_but_for_white_space(folder, tmp_path):
+    original, text = release(tmp_path)
+    original.write_text(original.read_text().replace("a red dog", " a red  dog"))
+    tokenize(folder, {"llama": text}, original_csv=original, join="caption")
+    assert texts(folder, "llama")["k0"] == TOKENIZER.encode("rewrite of row 0")
+
+
 @pytest.mark.parametrize("rows", [6, 8])
 def test_a_text_file_of_another_length_is_refused(rows, folder, tmp_path):
     original, text = release(tmp_path, rows=rows)

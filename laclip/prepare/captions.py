@@ -19,6 +19,7 @@ from laclip.dataset import (
     SamplesTable,
 )
 from laclip.prepare.folder import file_checksum, seal, write_whole
+from laclip.prepare.sources import squeeze
 from laclip.prepare.store import TextStore
 from laclip.tokenizer import load_tokenizer
 
@@ -77,7 +78,7 @@ def tokenize_shard(folder: Path, shard, sources, tokenizer: str, plan: str, done
     if f"{int(samples.header['checksum']):016x}" != shard.samples_checksum:
         raise ValueError(f"{samples.path}: not as dataset.json says. Run: laclip index {folder}")
     path = folder / f"{shard.stem}.captions"
-    texts_of = _ShardTexts(folder / shard.name, samples)
+    texts_of = ShardTexts(folder / shard.name, samples)
     tokens_of: list[Any] = []
     counts, found = [], []
     old = None
@@ -108,7 +109,7 @@ def tokenize_shard(folder: Path, shard, sources, tokenizer: str, plan: str, done
 
 def has_texts(folder: Path, shard, source: Source) -> bool:
     """Whether a store, or a field of KEY.json, has a text for any sample of a shard."""
-    texts_of = _ShardTexts(folder / shard.name, SamplesTable(folder / f"{shard.stem}.samples"))
+    texts_of = open_texts(folder, shard)
     if source.kind == "json":
         return any(texts_of.read("json", source.place)[0])
     return len(_store(source.place).find(texts_of.identities(source.identity))[1]) > 0
@@ -228,7 +229,7 @@ def read_lengths(table: CaptionsTable, variant: int) -> np.ndarray:
     return np.bincount(bins, minlength=len(BINS)).astype(np.int64)
 
 
-class _ShardTexts:
+class ShardTexts:
     """The texts that lie in a tar, by the samples' order; each kind is read once."""
 
     def __init__(self, tar: Path, samples: SamplesTable):
@@ -284,4 +285,9 @@ class _ShardTexts:
             return [str(row) if row != 0xFFFFFFFF else None for row in rows]
         if kind == "path":
             return self._field("laclip_path")
-        return self.read("txt", "")[0]
+        return [squeeze(text) or None if text else None for text in self.read("txt", "")[0]]
+
+
+def open_texts(folder: Path, shard) -> ShardTexts:
+    """The texts of a shard of dataset.json."""
+    return ShardTexts(folder / shard.name, SamplesTable(folder / f"{shard.stem}.samples"))

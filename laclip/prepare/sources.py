@@ -1,7 +1,7 @@
 """Where texts come from: JSONL, CSV and Parquet by key, and the LaCLIP release's text files.
 
 Every reader yields (identity, text): what a sample is found by, and its rewrite. The identity is
-the key, the row number, the image path or the exact caption.
+the key, the row number, the image path or the caption.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,11 @@ from laclip.text_files import read_csv_rows, read_keyed, read_lines
 
 PATH_COLUMNS = ("path", "filepath", "image_path", "image", "filename", "url")
 CAPTION_COLUMNS = ("caption", "title", "text")
+
+
+def squeeze(caption: str) -> str:
+    """A caption as captions are compared: files differ in the white space that they keep."""
+    return " ".join(caption.split())
 
 
 def read_rewrites(
@@ -68,12 +73,13 @@ def _read_release(path: Path, original_csv: Path, join: str) -> Iterator[tuple[s
     lines = read_lines(path)
     count = 0
     for row, (image, caption) in enumerate(read_pairs(original_csv)):
+        identity = {"row": str(row), "path": image, "caption": squeeze(caption)}[join]
         text = next(lines, None)
         if text is None:
             rows = sum(1 for _ in read_pairs(original_csv))
             raise ValueError(_line_counts(path, count, original_csv, rows))
         count += 1
-        yield {"row": str(row), "path": image, "caption": caption}[join], text
+        yield identity, text
     more = sum(1 for _ in lines)
     if more:
         raise ValueError(_line_counts(path, count + more, original_csv, count))

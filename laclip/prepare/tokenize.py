@@ -27,6 +27,7 @@ from laclip.prepare.captions import (
     Source,
     VariantCount,
     has_texts,
+    open_texts,
     tokenize_shard,
 )
 from laclip.prepare.folder import (
@@ -36,7 +37,7 @@ from laclip.prepare.folder import (
     write_manifest,
 )
 from laclip.prepare.shards import add_run_arguments, in_order, run_shards
-from laclip.prepare.sources import read_rewrites
+from laclip.prepare.sources import read_pairs, read_rewrites, squeeze
 from laclip.prepare.store import TextStore, build_store
 from laclip.tokenizer import load_tokenizer
 
@@ -137,7 +138,7 @@ def tokenize(
     work.mkdir()
     try:
         sources = _sources(dataset, kept, rewrites, original_csv, join, work, jobs)
-        _check_found(dataset, sources)
+        _check_found(dataset, sources, original_csv)
         checksums, counts, unmatched = _write_captions(
             dataset, sources, tokenizer, fingerprint, jobs, ray
         )
@@ -190,21 +191,50 @@ def _sources(dataset, kept, rewrites, original_csv, join, work: Path, jobs: int)
     return sources
 
 
-def _check_found(dataset, sources: list[Source]) -> None:
+def _check_found(dataset, sources: list[Source], original_csv: Path | None) -> None:
     """Rewrites of other samples than these would leave training with the originals alone."""
+    compared = False
     for source in sources:
-        if source.kind not in ("store", "json") or any(
-            has_texts(dataset.path, shard, source) for shard in dataset.shards
-        ):
+        if source.kind not in ("store", "json"):
             continue
-        if source.kind == "json":
+        shards = (s for s in dataset.shards if has_texts(dataset.path, s, source))
+        shard = next(shards, None)
+        if shard is None and source.kind == "json":
             raise ValueError(
                 f"--rewrites {source.name}=json:{source.place}: no KEY.json of {dataset.path} has "
                 "a text in that field"
             )
+        if shard is None:
+            own = open_texts(dataset.path, dataset.shards[0]).identities(source.identity)[0]
+            raise ValueError(
+                f"--rewrites {source.name}: no sample of {dataset.path} finds a text by its "
+                f"{source.identity}. The first sample's is {own!r}, the first text's "
+                f"{TextStore(Path(source.place)).identity(0)!r}"
+            )
+        if source.identity in ("row", "path") and not compared:
+            _check_captions(dataset, shard, source.identity, original_csv)
+            compared = True
+
+
+def _check_captions(dataset, shard, join: str, original_csv) -> None:
+    """Numbers and paths fit any list; the captions tell whether it is the one of these tars."""
+    texts = open_texts(dataset.path, shard)
+    captions = dict(zip(texts.identities(join), texts.identities("caption"), strict=True))
+    captions.pop(None, None)
+    compared, different = 0, []
+    for row, (image, caption) in enumerate(read_pairs(original_csv)):
+        own = captions.pop(str(row) if join == "row" else image, None)
+        if own is not None:
+            compared += 1
+            if own != squeeze(caption):
+                different.append(f"row {row} is {squeeze(caption)[:80]!r}, its sample {own[:80]!r}")
+        if not captions:
+            break
+    if 2 * len(different) > compared:
         raise ValueError(
-            f"--rewrites {source.name}: no sample of {dataset.path} finds a text by its "
-            f"{source.identity}. The first sample's key is {dataset.samples(0).key(0)!r}"
+            f"{original_csv}: not the list of {dataset.path}: {len(different)} of the {compared} "
+            f"captions compared differ ({different[0]}), so rewrites would go to wrong images. "
+            "Name the list that was packed or numbered, or use --join caption"
         )
 
 
