@@ -287,17 +287,22 @@ def test_bad_arguments_are_refused(arguments, message, folder, capsys):
     assert message in capsys.readouterr().err
 
 
+def stop_halfway(folder, rewrites):
+    """Leave a run of laclip tokenize that has done one shard of two."""
+    aside = (folder / "1.tar").rename(folder / "aside")
+    with pytest.raises(FileNotFoundError, match=r"1\.tar"):
+        tokenize(folder, rewrites)
+    aside.rename(folder / "1.tar")
+    assert (folder / JOURNAL).exists()
+
+
 def test_a_run_that_stopped_halfway_goes_on(folder, tmp_path):
     tokenize(folder, {"b": "json:blip"})
     whole = tmp_path / "whole"
     make(whole)
     path = write_keyed(tmp_path / "r.jsonl")
     tokenize(whole, {"b": "json:blip", "a": path})
-    (folder / "1.tar").rename(tmp_path / "aside.tar")
-    with pytest.raises(FileNotFoundError, match=r"1\.tar"):
-        tokenize(folder, {"a": path})
-    (tmp_path / "aside.tar").rename(folder / "1.tar")
-    assert (folder / JOURNAL).exists()
+    stop_halfway(folder, {"a": path})
     # Other arguments cannot use the half that is done, and say so.
     with pytest.raises(ValueError, match="another run of laclip tokenize stopped halfway"):
         tokenize(folder, {"c": path})
@@ -305,6 +310,25 @@ def test_a_run_that_stopped_halfway_goes_on(folder, tmp_path):
     assert not (folder / JOURNAL).exists()
     for file in whole.iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_what_is_done_is_not_read_again(folder, tmp_path):
+    """A run goes on without the tars of the shards that it has done, and reports as a whole one."""
+    whole = make(tmp_path / "whole")
+    rewrites = {"a": write_keyed(tmp_path / "r.jsonl"), "b": "json:blip"}
+    report = tokenize(whole, rewrites)
+    stop_halfway(folder, rewrites)
+    (folder / "0.tar").write_bytes(bytes((folder / "0.tar").stat().st_size))
+    assert tokenize(folder, rewrites).replace(str(folder), str(whole)) == report
+
+
+def test_what_is_done_of_a_shard_that_was_replaced_is_done_again(folder, monkeypatch):
+    stop_halfway(folder, {})
+    monkeypatch.setitem(SAMPLES, "k0", ("a green dog", *SAMPLES["k0"][1:]))
+    make(folder)  # and index: other samples than those of the half that is done
+    tokenize(folder)
+    assert texts(folder, "original")["k0"] == TOKENIZER.encode("a green dog")
+    assert verify(folder) == []
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])

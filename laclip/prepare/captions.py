@@ -49,7 +49,6 @@ class VariantCount:
     missing: int = 0
     short: int = 0
     over_context: int = 0
-    cut: int = 0
     not_utf8: int = 0
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(len(BINS), np.int64))
 
@@ -68,43 +67,49 @@ def _store(place: str) -> TextStore:
     return TextStore(Path(place))
 
 
-def tokenize_shard(folder: Path, shard, sources, tokenizer: str, plan: str, done: str | None):
-    """Write the .captions file of one shard.
+def tokenize_shard(
+    folder: Path, shard, sources, tokenizer: str, plan: str, done: tuple[str, int] | None
+):
+    """Write the .captions file of one shard, unless it is the one that `done` tells of.
 
-    Returns the file's checksum; for every variant, its counts and the numbers of the texts that
-    were used; and how many captions were written.
+    done: a checksum, and how many originals were not UTF-8. Returns the file's checksum; for every
+    variant, its counts and the numbers of the texts that were used; and how many captions were
+    written.
     """
     samples = SamplesTable(folder / f"{shard.stem}.samples")
     if f"{int(samples.header['checksum']):016x}" != shard.samples_checksum:
         raise ValueError(f"{samples.path}: not as dataset.json says. Run: laclip index {folder}")
     path = folder / f"{shard.stem}.captions"
+    checksum, broken = done if done and _is_done(path, done[0], shard) else (None, 0)
     texts_of = ShardTexts(folder / shard.name, samples)
     tokens_of: list[Any] = []
-    counts, found = [], []
+    counts, found = [VariantCount() for _ in sources], []
     old = None
-    for source in sources:
-        count = VariantCount()
+    for source, count in zip(sources, counts, strict=True):
+        texts: list[str | None] = []
         numbers = np.zeros(0, np.int64)
-        if source.kind == "keep":
-            if done is None or old is not None or not _has_checksum(path, done):
-                old = old or _old_captions(path, shard)
-                tokens_of.append(_kept(old, source.old))
-            else:
-                tokens_of.append(None)
-        else:
-            if source.kind == "store":
-                texts, numbers = _store(source.place).find(texts_of.identities(source.identity))
-            else:
-                texts, count.not_utf8 = texts_of.read(source.kind, source.place)
-            tokens_of.append(_encode(texts, tokenizer, count))
-        counts.append(count)
+        if source.kind == "store":
+            texts, numbers = _store(source.place).find(texts_of.identities(source.identity))
         found.append(numbers)
-    if done is None or not _has_checksum(path, done):
-        done = _write(path, samples, tokens_of, _tokenizer(tokenizer), plan, shard.name)
+        if checksum is not None:
+            continue
+        if source.kind == "keep":
+            old = old or _old_captions(path, shard)
+            tokens_of.append(_kept(old, source.old))
+            continue
+        if source.kind != "store":
+            texts, count.not_utf8 = texts_of.read(source.kind, source.place)
+            broken += count.not_utf8
+        tokens_of.append(_encode(texts, tokenizer))
+    written = 0
+    if checksum is None:
+        checksum = _write(path, samples, tokens_of, _tokenizer(tokenizer), plan, shard.name, broken)
+        written = len(samples) * len(sources)
+    counts[0].not_utf8 = broken  # KEY.txt alone may be so
     table = CaptionsTable(path)
     for variant, count in enumerate(counts):
         _count(table, variant, count)
-    return done, counts, found, len(samples) * len(sources)
+    return checksum, counts, found, written
 
 
 def has_texts(folder: Path, shard, source: Source) -> bool:
@@ -115,12 +120,14 @@ def has_texts(folder: Path, shard, source: Source) -> bool:
     return len(_store(source.place).find(texts_of.identities(source.identity))[1]) > 0
 
 
-def _has_checksum(path: Path, checksum: str) -> bool:
+def _is_done(path: Path, checksum: str, shard) -> bool:
+    """Whether a .captions file has this checksum, whole, and is made of a shard's samples."""
     try:
         table = CaptionsTable(path)
     except (FileNotFoundError, ValueError):
         return False
-    return f"{int(table.header['checksum']):016x}" == checksum and _is_whole(table)
+    found = [f"{int(table.header[name]):016x}" for name in ("checksum", "samples_checksum")]
+    return found == [checksum, shard.samples_checksum] and _is_whole(table)
 
 
 def _is_whole(table: CaptionsTable) -> bool:
@@ -158,7 +165,7 @@ def _kept(old: CaptionsTable, variant: int):
     return lengths, old.all_tokens[places], old.entries[:-1][chosen] & ~np.uint32(POSITION_MASK)
 
 
-def _encode(texts: list[str | None], tokenizer: str, count: VariantCount):
+def _encode(texts: list[str | None], tokenizer: str):
     """(lengths, tokens, flags) of texts; None and blank ones are missing and empty."""
     flags = np.zeros(len(texts), np.uint32)
     cleaned = []
@@ -171,11 +178,12 @@ def _encode(texts: list[str | None], tokenizer: str, count: VariantCount):
         cleaned.append(text[:MAX_BYTES] if words and text else "")
     tokens, offsets = _tokenizer(tokenizer).encode_ragged(cleaned, max_tokens=MAX_TOKENS)
     lengths = np.diff(offsets).astype(np.int64)
-    count.cut = int(np.count_nonzero(lengths == MAX_TOKENS))
     return lengths, tokens, flags
 
 
-def _write(path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, name: str) -> str:
+def _write(
+    path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, name: str, broken: int
+) -> str:
     variants = len(tokens_of)
     lengths = np.column_stack([lengths for lengths, _, _ in tokens_of])  # [count, variants]
     flags = np.column_stack([flags for _, _, flags in tokens_of])
@@ -203,8 +211,9 @@ def _write(path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, n
     sealed = seal(header, [entries.tobytes(), tokens.tobytes()])
     # Before the rename: then a run that dies between the two finds either file and knows it.
     checksum = f"{int(header['checksum']):016x}"
+    line = f"\n{plan}\t{name}\t{checksum}\t{broken}\t.\n"  # \n: the last line may be torn
     with open(path.parent / JOURNAL, "ab") as journal:
-        journal.write(f"\n{plan}\t{name}\t{checksum}\t.\n".encode())  # \n: the last may be torn
+        journal.write(line.encode())
         journal.flush()
         os.fsync(journal.fileno())
     write_whole(path, sealed)

@@ -294,13 +294,17 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
     return checksums, counts, unmatched
 
 
-def _read_journal(path: Path, plan: str) -> dict[str, str]:
-    """Shard -> checksum of the captions that an earlier run of the same plan wrote for it."""
+def _read_journal(path: Path, plan: str) -> dict[str, tuple[str, int]]:
+    """Shard -> what an earlier run of the same plan wrote for it (`tokenize_shard`'s `done`)."""
     if not path.exists():
         return {}
     lines = path.read_bytes().decode(errors="replace").splitlines()
     fields = [line.split("\t") for line in lines]
-    return {f[1]: f[2] for f in fields if len(f) == 4 and f[0] == plan and f[3] == "."}
+    return {
+        name: (checksum, int(broken))
+        for own, name, checksum, broken, end in (f for f in fields if len(f) == 5)
+        if own == plan and end == "."
+    }
 
 
 def _report(folder: Path, samples: int, sources, counts, unmatched) -> str:
