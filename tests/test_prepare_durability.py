@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from laclip.dataset import open_dataset
+from laclip.prepare.folder import samples_summary
 from laclip.prepare.index import index
 from laclip.prepare.shards import run_shards
 from laclip.prepare.tokenize import JOURNAL, tokenize
@@ -144,6 +145,25 @@ def test_two_equal_builds_at_once_end_whole(source, tmp_path):
     both = [subprocess.Popen(run, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert contents(folder) == new
+
+
+def test_shards_that_are_indexed_meanwhile_are_not_lost(source, tmp_path, monkeypatch):
+    folder = shutil.copytree(source / "tars", tmp_path / "set")
+    last = (folder / f"{SHARDS - 1}.tar").rename(tmp_path / "last.tar")
+    index(folder)
+
+    def index_meanwhile(path):
+        shutil.copy(last, folder / f"{SHARDS - 1}.tar")
+        index(folder)
+        return samples_summary(path)
+
+    monkeypatch.setattr("laclip.prepare.tokenize.samples_summary", index_meanwhile)
+    with pytest.raises(ValueError, match="changed it meanwhile. Run laclip tokenize again"):
+        tokenize(folder)
+    assert len(open_dataset(folder).shards) == SHARDS
+    monkeypatch.undo()
+    tokenize(folder)
+    assert open_dataset(folder).num_samples == SHARDS * SAMPLES and verify(folder) == []
 
 
 def test_two_different_builds_at_once_never_mix(source, tmp_path):

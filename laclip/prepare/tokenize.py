@@ -155,7 +155,10 @@ def tokenize(
     entries = [
         samples_summary(folder / f"{shard.stem}.samples")["shard"] for shard in dataset.shards
     ]
-    if not write_manifest(folder, entries, checksums, variants, fingerprint, manifest_libraries):
+    same = [s.name for s in open_dataset(folder).shards] == [s.name for s in dataset.shards]
+    if not same or not write_manifest(
+        folder, entries, checksums, variants, fingerprint, manifest_libraries
+    ):
         raise ValueError(
             f"{folder}: another process changed it meanwhile. Run laclip tokenize again"
         )
