@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from laclip.dataset import open_dataset
+from laclip.prepare import shards
 from laclip.prepare.folder import samples_summary
 from laclip.prepare.index import index
 from laclip.prepare.shards import run_shards
@@ -206,3 +207,13 @@ def tokens_of(source, name):
 def test_a_killed_worker_is_told_without_a_traceback():
     with pytest.raises(ChildProcessError, match="killed, .* fewer --jobs"):
         list(run_shards(os._exit, [(9,)] * 3, total=3, label="die", jobs=2))
+
+
+def test_the_time_left_is_that_of_the_work_that_is_left(monkeypatch, capsys):
+    """Nine of twelve tasks were done before; the tenth takes 90 seconds, so will the others."""
+    clock = iter([0.0, *[0.5] * 9, 90.5])
+    monkeypatch.setattr(shards.time, "monotonic", lambda: next(clock))
+    progress = shards._Progress("index", 12, "shards")
+    for amount in [0.0] * 9 + [2.0]:
+        progress.add(amount, "GB")
+    assert capsys.readouterr().err == "index: 10/12 shards, 0.02 GB/s, 0:03:01 left\n"

@@ -91,7 +91,7 @@ def pack(
             label="pack",
             jobs=jobs,
             ray=ray,
-            weigh=lambda result: (result["packed"], "images"),
+            weigh=lambda result: (0 if result["kept"] else result["packed"], "images"),
         )
     )
     packed = sum(result["packed"] for result in results)
@@ -111,8 +111,13 @@ def pack(
         )
     record = {"source": source, "packed": packed, "skipped": skipped}
     write_whole(out / RECORD, [json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"])
-    head = f"{out}: {packed} of {count} rows packed"
-    return "\n".join([head, *reasons, f"Next: laclip index {out}"])
+    lines = [f"{out}: {packed} of {count} rows packed", *reasons]
+    if kept := sum(result["kept"] and bool(result["skipped"]) for result in results):
+        lines.append(
+            f"  {kept} of {shards} shards are an earlier run's: what they skip was not looked for "
+            "again. If it has come since, pack into another folder"
+        )
+    return "\n".join([*lines, f"Next: laclip index {out}"])
 
 
 def _check_source(out: Path, source: dict, pairs: Path) -> None:
@@ -167,7 +172,7 @@ def pack_shard(out: Path, images: Path, number: int, first_row: int, chunk: list
     tar_path = out / f"{number:05}.tar"
     old = _old_result(out / f"{number:05}.packed", tar_path)
     if old is not None:
-        return old
+        return {**old, "kept": True}
     root = images.resolve()
     with (
         whole_file(tar_path) as file,
@@ -194,7 +199,7 @@ def pack_shard(out: Path, images: Path, number: int, first_row: int, chunk: list
     result = {"packed": packed, "skipped": skipped, "bytes": size}
     text = json.dumps({"checksum": checksum_hex(json.dumps(result).encode()), **result})
     write_whole(out / f"{number:05}.packed", [text.encode()])
-    return result
+    return {**result, "kept": False}
 
 
 def _old_result(record: Path, tar: Path) -> dict | None:
