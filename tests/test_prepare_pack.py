@@ -125,6 +125,23 @@ def test_a_release_goes_from_files_to_a_training_ready_folder(join, images, tmp_
                 assert captions.tokens(i, variant).tolist() == tokenizer.encode(text)
 
 
+def test_links_in_the_image_folder_are_followed(images, tmp_path):
+    """As caches of downloads have them: a folder of links to files that lie elsewhere."""
+    links = tmp_path / "links"
+    (links / "sub").mkdir(parents=True)
+    for path, _ in ROWS:
+        if (images / path).is_file() and not path.startswith(".."):
+            (links / path).symlink_to(images / path)
+    pairs = write_list(tmp_path / "l.csv")
+    report = pack(tmp_path / "a", pairs, images)
+    assert pack(tmp_path / "b", pairs, links) == report.replace(f"{tmp_path}/a", f"{tmp_path}/b")
+    whole = [(images / path, caption) for path, caption in ROWS]  # absolute, by another name
+    (tmp_path / "again").symlink_to(images)
+    with open(tmp_path / "absolute.csv", "w", newline="") as file:
+        csv.writer(file).writerows(whole)
+    assert "4 of 12 rows" in pack(tmp_path / "c", tmp_path / "absolute.csv", tmp_path / "again")
+
+
 def test_packing_again_keeps_what_is_whole_and_mends_what_is_not(images, tmp_path):
     out = tmp_path / "out"
     pairs = write_list(tmp_path / "l.csv")

@@ -9,6 +9,7 @@ that come line by line with the list still find it.
 import argparse
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from itertools import islice
@@ -217,8 +218,9 @@ def _old_result(record: Path, tar: Path) -> dict | None:
 def _image(root: Path, path: str) -> tuple[bytes, str, str]:
     """The bytes of an image, the extension of its kind, and why it is skipped or ""."""
     try:
-        place = (root / path).resolve()
-        if not place.is_relative_to(root):
+        # A link in the folder is its owner's, as in a cache of downloads; "../" is the list's.
+        place = Path(os.path.normpath(root / path))
+        if not (place.is_relative_to(root) or place.resolve().is_relative_to(root)):
             return b"", "", "path leaves the image folder"
         if not path or not place.is_file():
             return b"", "", "no such file"
