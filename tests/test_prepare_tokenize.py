@@ -209,6 +209,8 @@ def test_short_missing_long_and_broken_captions_are_kept_and_counted(tmp_path):
         "huge": b"cat " * 25_000,
         "latin": "caf\xe9 noir".encode("latin1"),
         "none": None,
+        "latin end": "un caf\xe9".encode("latin1"),
+        "cut inside a character": f"x{'é' * 40_000}".encode(),
     }
     with tarfile.open(folder / "0.tar", "w") as tar:
         for key, caption in captions.items():
@@ -219,7 +221,7 @@ def test_short_missing_long_and_broken_captions_are_kept_and_counted(tmp_path):
                     tar.addfile(member, io.BytesIO(data))
     index(folder)
     report = tokenize(folder)
-    assert report.splitlines()[2].split()[:5] == ["original", "2", "1", "2", "1"]
+    assert report.splitlines()[2].split()[:5] == ["original", "2", "2", "3", "2"]
     table = open_dataset(folder).captions(0)
     lengths = [len(table.tokens(i, 0)) for i in range(6)]
     assert lengths[1] == lengths[5] == 0 and lengths[2] == 100 and lengths[3] == MAX_TOKENS

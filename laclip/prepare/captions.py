@@ -269,7 +269,8 @@ class ShardTexts:
                 continue
             text = data.decode(errors="replace")
             # A caption of MAX_BYTES was cut there, perhaps inside a character.
-            broken += "�" in text[:-1] and "�".encode() not in data
+            seen = text[:-1] if len(data) == MAX_BYTES else text
+            broken += "�" in seen and "�".encode() not in data
             texts.append(text)
         return texts, broken
 
