@@ -96,7 +96,9 @@ def _index_or_tell(tar: Path, decode: bool, force: bool) -> dict:
     """index_shard, with what is wrong with a tar as a result: all broken ones are told at once."""
     try:
         return index_shard(tar, decode, force)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename != str(tar):
+            raise  # of its sidecar: a full disk
         return {"error": str(error), "bytes": 0}
 
 
@@ -108,8 +110,8 @@ def index_shard(tar: Path, decode: bool = False, force: bool = False) -> dict:
     scan = _native.scan_tar(str(tar))
     if scan["count"] == 0:
         raise ValueError(
-            f"{tar}: holds no samples, expected members such as KEY.jpg and KEY.txt. "
-            "Remove it or make it again"
+            f"{tar}: holds no samples, expected members such as KEY.jpg and KEY.txt, where KEY has "
+            "no dot. Remove it or make it again"
         )
     records = np.frombuffer(scan["records"], SAMPLE_RECORD).copy()
     if decode:
