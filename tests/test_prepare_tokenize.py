@@ -102,6 +102,19 @@ def test_rewrites_join_by_key(suffix, folder, tmp_path):
     assert "llm: no sample for the rewrite of 'nobody'" in report
 
 
+def test_a_second_text_of_a_key_is_counted_apart(folder, tmp_path):
+    path = tmp_path / "r.jsonl"
+    twice = [("k0", "the first"), ("x", "of nobody"), ("k0", "the second"), ("x", "nor this")]
+    path.write_text("".join(json.dumps({"key": k, "text": t}) + "\n" for k, t in twice))
+    report = tokenize(folder, {"llm": path}).splitlines()
+    assert texts(folder, "llm")["k0"] == TOKENIZER.encode("the first")
+    assert report[3].split()[5] == "1"
+    assert report[5:] == [
+        "  llm: no sample for the rewrite of 'x'",
+        "  llm: 2 texts not used, as their key has an earlier one (first: 'k0')",
+    ]
+
+
 def test_rewrites_come_from_a_json_field(folder):
     tokenize(folder, {"blip": "json:blip"})
     assert texts(folder, "blip") == encoded({key: f"blip {key} text" for key in SAMPLES})

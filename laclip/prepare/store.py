@@ -54,6 +54,10 @@ class TextStore:
         begin, middle, _ = self._ends[number].tolist()
         return self._bytes[begin:middle].tobytes().decode()
 
+    def repeated(self) -> np.ndarray:
+        """The numbers of the texts whose identity an earlier text has, which is the one found."""
+        return self._order[1:][self.hashes[1:] == self.hashes[:-1]]
+
     def _search(self, raw: bytes, place: int) -> tuple[int, int, int, int]:
         hashed = self.hashes[place]
         while place < len(self) and self.hashes[place] == hashed:

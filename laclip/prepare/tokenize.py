@@ -252,7 +252,7 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
     """Run the shards that are left.
 
     Returns the checksum of each shard's file; of every variant the counts; and how many of its
-    rewrites no sample took, with the first of them.
+    rewrites no sample took, with lines about them.
     """
     seen = [(s.name, s.kind, s.old, s.identity, s.checksum) for s in sources]
     fields = [s.place for s in sources if s.kind == "json"]
@@ -289,12 +289,30 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
         for mask, numbers in zip(used, found, strict=True):
             if mask is not None:
                 mask[numbers] = True
-    unmatched = []
-    for source, mask in zip(sources, used, strict=True):
-        left = np.flatnonzero(np.zeros(0, bool) if mask is None else ~mask)
-        first = TextStore(Path(source.place)).identity(int(left[0])) if len(left) else ""
-        unmatched.append((None if mask is None else len(left), first))
+    unmatched = [_unmatched(source, mask) for source, mask in zip(sources, used, strict=True)]
     return checksums, counts, unmatched
+
+
+def _unmatched(source: Source, used: np.ndarray | None) -> tuple[int | None, list[str]]:
+    """How many texts of a store no sample took, and lines about them for the report."""
+    if used is None:
+        return None, []
+    store = TextStore(Path(source.place))
+    again = store.repeated()
+    again = np.sort(again[~used[again]])
+    used[again] = True
+    left = np.flatnonzero(~used)
+    notes = []
+    if len(left):
+        first = store.identity(int(left[0]))[:80]
+        notes.append(f"  {source.name}: no sample for the rewrite of {first!r}")
+    if len(again):
+        first = store.identity(int(again[0]))[:80]
+        notes.append(
+            f"  {source.name}: {len(again)} texts not used, as their {source.identity} has an "
+            f"earlier one (first: {first!r})"
+        )
+    return len(left), notes
 
 
 def _read_journal(path: Path, plan: str) -> dict[str, tuple[str, int]]:
@@ -315,12 +333,11 @@ def _report(folder: Path, samples: int, sources, counts, unmatched) -> str:
     labels = [f"{a}-{b - 1}" for a, b in itertools.pairwise(BINS[1:])]
     rows = [[*head, "0", *labels, f"{BINS[-1]}+"]]
     notes = []
-    for source, count, (left, first) in zip(sources, counts, unmatched, strict=True):
+    for source, count, (left, lines_of) in zip(sources, counts, unmatched, strict=True):
         numbers = [count.missing, count.short, count.over_context, count.not_utf8]
         shown = "" if left is None else str(left)
         rows.append([source.name, *map(str, numbers), shown, *map(str, count.lengths)])
-        if left:
-            notes.append(f"  {source.name}: no sample for the rewrite of {first[:80]!r}")
+        notes += lines_of
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [f"{folder}: {samples} samples x {len(sources)} variants"]
     for row in rows:
