@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from laclip.cli import main
 from laclip.dataset import open_dataset
 from laclip.prepare.inspect import pick, summary
+from laclip.prepare.tokenize import tokenize
 from laclip.prepare.verify import verify
 
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
@@ -81,6 +83,18 @@ def test_the_summary_counts_what_is_there():
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert sum(map(int, rows["original"][2:])) == 3070
     assert int(rows["name"][0]) + sum(map(int, rows["name"][2:])) == 3070
+
+
+def test_the_summary_needs_no_tokenizer(folder, tmp_path, capsys):
+    model = tmp_path / "pieces"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a small dog in the red house", "the blue cat"] * 9),
+        model_prefix=str(model), vocab_size=30, minloglevel=2,
+    )  # fmt: skip
+    others = open_dataset(folder).variants[1:]
+    tokenize(folder, drop=others, tokenizer=f"sentencepiece:{model}.model")
+    assert main(["inspect", str(folder)]) == 0
+    assert "tokenizer    sentencepiece:" in capsys.readouterr().out
 
 
 def test_one_sample_is_shown_with_all_its_variants(capsys):
