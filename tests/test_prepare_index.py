@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,6 +283,12 @@ def test_all_broken_tars_are_named_at_once_and_the_others_stay_indexed(tmp_path)
     with pytest.raises(ValueError, match=broken):
         index(tmp_path)
     assert (tmp_path / "1.samples").exists() and (tmp_path / "4.samples").exists()
+
+
+def test_a_tar_whose_name_is_not_utf8_is_refused(tmp_path, capsys):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tar")).write_bytes(GOOD)
+    assert main(["index", str(tmp_path), "--jobs", "1"]) == 2
+    assert r"caf\xe9.tar': a name that is not UTF-8" in capsys.readouterr().err
 
 
 def test_links_devices_and_dots_are_only_names(tmp_path):

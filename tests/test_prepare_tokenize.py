@@ -420,20 +420,19 @@ def test_an_index_that_loses_the_captions_names_the_variants_to_give_again(folde
     assert again.endswith(f"Run: laclip tokenize {folder} --rewrites llm=FILE --rewrites blip=FILE")
 
 
-def test_a_field_is_found_in_json_of_any_length(tmp_path):
-    extra = {"exif": "x" * 100_000, "blip": "two dogs running"}  # img2dataset keeps EXIF data there
+def test_a_field_is_found_in_json_of_any_length_and_missing_in_a_broken_one(tmp_path):
+    long = {"exif": "x" * 100_000, "blip": "two dogs running"}  # img2dataset keeps EXIF data there
+    jsons = {"a": json.dumps(long).encode(), "cut": b'{"blip": "two', "list": b"[1]", "none": b""}
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name, data in (
-            ("a.jpg", IMAGE.getvalue()),
-            ("a.txt", b"a dog"),
-            ("a.json", json.dumps(extra).encode()),
-        ):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+        for key, extra in jsons.items():
+            for extension, data in (("jpg", IMAGE.getvalue()), ("txt", b"a dog"), ("json", extra)):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
     index(tmp_path)
     tokenize(tmp_path, {"blip": "json:blip"})
-    assert texts(tmp_path, "blip")["a"] == TOKENIZER.encode("two dogs running")
+    expected = {"a": "two dogs running", "cut": None, "list": None, "none": None}
+    assert texts(tmp_path, "blip") == encoded(expected)
 
 
 @pytest.mark.parametrize("given", ["keys", "paths"])

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -279,11 +280,8 @@ class ShardTexts:
         values: list[str | None] = []
         for key in self.keys:
             value = None
-            if key in members:
-                try:
-                    value = json.loads(members[key]).get(name)
-                except (ValueError, AttributeError):
-                    raise ValueError(f"{self.tar}: {key}.json is not a JSON object") from None
+            with suppress(ValueError, AttributeError):  # what is no JSON object has no fields
+                value = json.loads(members.get(key, b"{}")).get(name)
             values.append(value if isinstance(value, str) else None)
         return values
 

@@ -79,6 +79,9 @@ def tar_paths(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.iterdir() if path.name.endswith(".tar"))
     if not paths:
         raise FileNotFoundError(f"{folder}: no file *.tar in it; expected webdataset shards")
+    for name in map(os.fsencode, paths):
+        if name.decode(errors="ignore").encode() != name:
+            raise ValueError(f"{name!r}: a name that is not UTF-8. Rename it")
     return paths
 
 
