@@ -167,6 +167,26 @@ def test_shards_that_are_indexed_meanwhile_are_not_lost(source, tmp_path, monkey
     assert open_dataset(folder).num_samples == SHARDS * SAMPLES and verify(folder) == []
 
 
+def test_a_variant_that_is_added_meanwhile_is_not_lost_without_a_word(
+    source, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(source / "tars", tmp_path / "set")
+    index(folder)
+
+    def tokenize_meanwhile(*arguments):
+        monkeypatch.undo()
+        tokenize(folder, {"a": source / "a.jsonl"})
+        return {}
+
+    monkeypatch.setattr("laclip.prepare.tokenize._read_journal", tokenize_meanwhile)
+    with pytest.raises(ValueError, match="changed it meanwhile. Run laclip tokenize again"):
+        tokenize(folder, {"b": source / "b.jsonl"})
+    with pytest.raises(ValueError, match="Name the files of all variants again"):
+        tokenize(folder, {"b": source / "b.jsonl"})
+    tokenize(folder, {name: source / f"{name}.jsonl" for name in "ab"})
+    assert contents(folder) == contents(source / "new")
+
+
 def test_two_different_builds_at_once_never_mix(source, tmp_path):
     """What is opened afterwards holds the variant that it names, in every shard, or is refused."""
     for _ in range(3):

@@ -155,7 +155,10 @@ def tokenize(
     entries = [
         samples_summary(folder / f"{shard.stem}.samples")["shard"] for shard in dataset.shards
     ]
-    same = [s.name for s in open_dataset(folder).shards] == [s.name for s in dataset.shards]
+    now = open_dataset(folder)
+    own = (tuple(variants), fingerprint, [checksums[shard.name] for shard in dataset.shards])
+    same = [s.name for s in now.shards] == [s.name for s in dataset.shards]
+    same = same and (not now.variants or _captions_of(now) in (_captions_of(dataset), own))
     if not same or not write_manifest(
         folder, entries, checksums, variants, fingerprint, manifest_libraries
     ):
@@ -164,6 +167,11 @@ def tokenize(
         )
     (folder / JOURNAL).unlink(missing_ok=True)
     return _report(folder, dataset.num_samples, sources, counts, unmatched)
+
+
+def _captions_of(dataset):
+    """What dataset.json says of captions."""
+    return dataset.variants, dataset.tokenizer, [s.captions_checksum for s in dataset.shards]
 
 
 def _sources(dataset, kept, rewrites, original_csv, join, work: Path, jobs: int) -> list[Source]:
