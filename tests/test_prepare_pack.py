@@ -98,9 +98,11 @@ def test_good_rows_are_packed_and_the_others_counted(name, header, images, tmp_p
     assert [shard.name for shard in dataset.shards] == ["00000.tar", "00001.tar"]
 
 
-@pytest.mark.parametrize("join", ["row", "path", "caption"])
-def test_a_release_goes_from_files_to_a_training_ready_folder(join, images, tmp_path):
-    original = write_list(tmp_path / "cc3m_original.csv")
+@pytest.mark.parametrize(
+    ("join", "suffix"), [("row", "csv"), ("path", "csv"), ("caption", "csv"), ("row", "parquet")]
+)
+def test_a_release_goes_from_files_to_a_training_ready_folder(join, suffix, images, tmp_path):
+    original = write_list(tmp_path / f"cc3m_original.{suffix}")
     sources = ("chatgpt", "bard", "mscoco", "human")
     arguments = []
     for source in sources:

@@ -14,7 +14,6 @@ import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from laclip.dataset import REASONS, checksum_hex
 from laclip.prepare.folder import remove_leftovers, whole_file, write_whole
 from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 from laclip.prepare.sources import CAPTION_COLUMNS, PATH_COLUMNS, read_pairs
-from laclip.text_files import check_strings, open_parquet
 
 RECORD = "pack.json"  # what was packed, beside the shards
 
@@ -72,7 +70,7 @@ def pack(
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder of images")
     count, checksum = 0, 0
-    for path, caption in _read(pairs):
+    for path, caption in read_pairs(pairs):
         count += 1
         line = np.frombuffer(f"{checksum:x}\0{path}\0{caption}".encode(), np.uint8)
         checksum = _native.xxh64(line)
@@ -137,31 +135,8 @@ def _check_source(out: Path, source: dict, pairs: Path) -> None:
         )
 
 
-def _read(pairs: Path) -> Iterator[tuple[str, str]]:
-    if pairs.suffix != ".parquet":
-        yield from read_pairs(pairs)
-        return
-    if not pairs.is_file():
-        raise FileNotFoundError(f"{pairs}: no such file")
-    with open_parquet(pairs) as file:
-        names = {name.lower(): name for name in file.schema_arrow.names}
-        columns: list[Any] = [
-            next((names[name] for name in wanted if name in names), None)
-            for wanted in (PATH_COLUMNS, CAPTION_COLUMNS)
-        ]
-        if None in columns:
-            raise ValueError(
-                f"{pairs}: columns {list(names)[:8]}, expected one of {PATH_COLUMNS} and one of "
-                f"{CAPTION_COLUMNS}"
-            )
-        check_strings(pairs, file.schema_arrow, columns)
-        for batch in file.iter_batches(columns=columns):
-            both = [batch.column(name).to_pylist() for name in columns]
-            yield from ((str(a or ""), str(b or "")) for a, b in zip(*both, strict=True))
-
-
 def _chunks(pairs: Path, rows: int) -> Iterator[list[tuple[str, str]]]:
-    reader = _read(pairs)
+    reader = read_pairs(pairs)
     while chunk := list(islice(reader, rows)):
         yield chunk
 

@@ -7,7 +7,7 @@ the key, the row number, the image path or the caption.
 from collections.abc import Iterator
 from pathlib import Path
 
-from laclip.text_files import read_csv_rows, read_keyed, read_lines
+from laclip.text_files import check_strings, open_parquet, read_csv_rows, read_keyed, read_lines
 
 PATH_COLUMNS = ("path", "filepath", "image_path", "image", "filename", "url")
 CAPTION_COLUMNS = ("caption", "title", "text")
@@ -42,11 +42,15 @@ def read_rewrites(
 
 
 def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    """(image path, caption) of every row of a CSV such as the LaCLIP release's *_original.csv.
+    """(image path, caption) of every row of a CSV or Parquet list, as the LaCLIP release's
+    *_original.csv.
 
-    A first row that names a path column and a caption column is a header; without one the first
-    cell is the path and the second the caption.
+    Of a CSV, a first row that names a path column and a caption column is a header; without one
+    the first cell is the path and the second the caption.
     """
+    if path.suffix == ".parquet":
+        yield from _parquet_pairs(path)
+        return
     columns = None
     for line, row in read_csv_rows(path):
         if columns is None:
@@ -60,6 +64,24 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
                 )
         cell = row[columns[1]].removesuffix("\n")
         yield row[columns[0]], cell
+
+
+def _parquet_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with open_parquet(path) as file:
+        names = file.schema_arrow.names
+        columns = _pair_columns(names)
+        if columns is None:
+            raise ValueError(
+                f"{path}: columns {names[:8]}, expected one of {PATH_COLUMNS} and one of "
+                f"{CAPTION_COLUMNS}"
+            )
+        wanted = [names[i] for i in columns]
+        check_strings(path, file.schema_arrow, wanted)
+        for batch in file.iter_batches(columns=wanted):
+            both = [batch.column(name).to_pylist() for name in wanted]
+            yield from ((str(a or ""), str(b or "")) for a, b in zip(*both, strict=True))
 
 
 def _pair_columns(row: list[str]) -> tuple[int, int] | None:

@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "KEY.json in the tars; or a text file of the LaCLIP release (with --original-csv)",
     )
     parser.add_argument(
-        "--original-csv", type=Path, help="*_original.csv that the text files follow line by line"
+        "--original-csv",
+        type=Path,
+        help="*_original.csv, or the Parquet list, that the text files follow line by line",
     )
     parser.add_argument(
         "--join",
