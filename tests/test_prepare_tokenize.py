@@ -346,6 +346,13 @@ def test_what_is_done_of_a_shard_that_was_replaced_is_done_again(folder, monkeyp
     assert verify(folder) == []
 
 
+def test_a_tar_that_was_replaced_since_it_was_indexed_is_refused(folder):
+    tar = folder / "1.tar"
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    with pytest.raises(ValueError, match=r"1\.tar: \d+ bytes, \d+ when it was indexed. Run: lac"):
+        tokenize(folder)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_variants_are_not_kept_from_a_damaged_file(damage, folder, tmp_path, capsys):
     rewrites = tmp_path / "llm.jsonl"

@@ -80,6 +80,12 @@ def tokenize_shard(
     samples = SamplesTable(folder / f"{shard.stem}.samples")
     if f"{int(samples.header['checksum']):016x}" != shard.samples_checksum:
         raise ValueError(f"{samples.path}: not as dataset.json says. Run: laclip index {folder}")
+    size = (folder / shard.name).stat().st_size
+    if size != samples.header["shard_bytes"]:
+        raise ValueError(
+            f"{folder / shard.name}: {size} bytes, {samples.header['shard_bytes']} when it was "
+            f"indexed. Run: laclip index {folder}"
+        )
     path = folder / f"{shard.stem}.captions"
     checksum, broken = done if done and _is_done(path, done[0], shard) else (None, 0)
     texts_of = ShardTexts(folder / shard.name, samples)

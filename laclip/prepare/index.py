@@ -105,9 +105,28 @@ def _index_or_tell(tar: Path, decode: bool, force: bool) -> dict:
 def index_shard(tar: Path, decode: bool = False, force: bool = False) -> dict:
     """Write the .samples file of one tar. Returns its summary and what was read and left out."""
     path = samples_path(tar)
-    if not force and _up_to_date(tar, path, decode):
+    old = None if force else _old_table(path, decode)
+    status = tar.stat()
+    if (
+        old is not None
+        and old.header["shard_bytes"] == status.st_size
+        and path.stat().st_mtime_ns >= status.st_mtime_ns
+    ):
         return {**samples_summary(path), "bytes": 0, "other_members": 0}
     scan = _native.scan_tar(str(tar))
+    if old is not None and old.header["shard_checksum"] == scan["shard_checksum"]:
+        parts = [np.fromfile(path, np.uint8)]  # a copy of the tar: what --decode found of it stays
+    else:
+        parts = _samples_file(tar, scan, decode)
+    write_whole(path, parts)
+    return {
+        **samples_summary(path),
+        "bytes": scan["shard_bytes"],
+        "other_members": scan["other_members"],
+    }
+
+
+def _samples_file(tar: Path, scan: dict, decode: bool) -> list[np.ndarray]:
     if scan["count"] == 0:
         raise ValueError(
             f"{tar}: holds no samples, expected members such as KEY.jpg and KEY.txt, where KEY has "
@@ -128,25 +147,18 @@ def index_shard(tar: Path, decode: bool = False, force: bool = False) -> dict:
     header["count"], header["keys_bytes"] = scan["count"], len(scan["keys"])
     header["shard_bytes"], header["shard_checksum"] = scan["shard_bytes"], scan["shard_checksum"]
     header["rules"] = RULES
-    write_whole(path, seal(header, [records.tobytes(), scan["key_end"], scan["keys"]]))
-    return {
-        **samples_summary(path),
-        "bytes": scan["shard_bytes"],
-        "other_members": scan["other_members"],
-    }
+    return seal(header, [records.tobytes(), scan["key_end"], scan["keys"]])
 
 
-def _up_to_date(tar: Path, path: Path, decode: bool) -> bool:
+def _old_table(path: Path, decode: bool) -> SamplesTable | None:
+    """An earlier run's .samples file, if it says all that is asked for."""
     try:
         table = SamplesTable(path)
-        status = tar.stat()
-        newer = path.stat().st_mtime_ns >= status.st_mtime_ns
     except (FileNotFoundError, ValueError):
-        return False
+        return None
     good = table.records["flags"] & BAD == 0
     decoded = not decode or bool(np.all(table.records["flags"][good] & DECODED))
-    same = table.header["shard_bytes"] == status.st_size and table.header["rules"] == RULES
-    return bool(newer and same and decoded)
+    return table if decoded and table.header["rules"] == RULES else None
 
 
 def _repeated_keys(folder: Path, shards: list[dict]) -> str:
