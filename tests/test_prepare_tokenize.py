@@ -115,6 +115,13 @@ def test_a_second_text_of_a_key_is_counted_apart(folder, tmp_path):
     ]
 
 
+def test_samples_of_one_key_in_two_shards_are_told_to_share_a_text(folder, tmp_path):
+    (folder / "2.tar").write_bytes((folder / "1.tar").read_bytes())
+    index(folder)
+    report = tokenize(folder, {"llm": write_keyed(tmp_path / "r.jsonl")})
+    assert "  llm: 2 samples have the text of another, as they have its key" in report.splitlines()
+
+
 def test_rewrites_come_from_a_json_field(folder):
     tokenize(folder, {"blip": "json:blip"})
     assert texts(folder, "blip") == encoded({key: f"blip {key} text" for key in SAMPLES})

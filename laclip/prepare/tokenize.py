@@ -291,28 +291,39 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
         np.zeros(len(TextStore(Path(s.place))), bool) if s.kind == "store" else None
         for s in sources
     ]
-    checksums = {}
+    checksums, takers = {}, [0 for _ in sources]
     for number, (checksum, shard_counts, found, _) in results:
         checksums[dataset.shards[number].name] = checksum
         for total, count in zip(counts, shard_counts, strict=True):
             total.add(count)
-        for mask, numbers in zip(used, found, strict=True):
+        for i, (mask, numbers) in enumerate(zip(used, found, strict=True)):
             if mask is not None:
                 mask[numbers] = True
-    unmatched = [_unmatched(source, mask) for source, mask in zip(sources, used, strict=True)]
+                takers[i] += len(numbers)
+    unmatched = [_unmatched(*of) for of in zip(sources, used, takers, strict=True)]
     return checksums, counts, unmatched
 
 
-def _unmatched(source: Source, used: np.ndarray | None) -> tuple[int | None, list[str]]:
-    """How many texts of a store no sample took, and lines about them for the report."""
+def _unmatched(
+    source: Source, used: np.ndarray | None, takers: int
+) -> tuple[int | None, list[str]]:
+    """How many texts of a store no sample took, and lines for the report.
+
+    used: which texts were taken; takers: by how many samples.
+    """
     if used is None:
         return None, []
+    notes = []
+    if shared := takers - np.count_nonzero(used):
+        notes.append(
+            f"  {source.name}: {shared} samples have the text of another, as they have its "
+            f"{source.identity}"
+        )
     store = TextStore(Path(source.place))
     again = store.repeated()
     again = np.sort(again[~used[again]])
     used[again] = True
     left = np.flatnonzero(~used)
-    notes = []
     if len(left):
         first = store.identity(int(left[0]))[:80]
         notes.append(f"  {source.name}: no sample for the rewrite of {first!r}")
