@@ -432,6 +432,8 @@ def test_an_index_that_loses_the_captions_names_the_variants_to_give_again(folde
     assert index(folder).endswith("bad")
     again = index(folder, decode=True).splitlines()[-1]
     assert again.endswith(f"Run: laclip tokenize {folder} --rewrites llm=FILE --rewrites blip=FILE")
+    (folder / "dataset.json").write_text("{")  # which alone has the names
+    assert f"Run: laclip tokenize {folder}, with --rewrites NAME=FILE" in index(folder)
 
 
 def test_a_field_is_found_in_json_of_any_length_and_missing_in_a_broken_one(tmp_path):

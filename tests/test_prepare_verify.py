@@ -65,7 +65,10 @@ def test_missing_and_cut_files_are_found(name, cut, folder, capsys):
 
 def test_files_of_no_shard_are_found(folder):
     (folder / "00007.captions").write_bytes(b"")
-    assert "00007.captions: no shard of dataset.json" in verify(folder)[0]
+    (folder / "00008.tar").write_bytes(b"")
+    gone, new = verify(folder)
+    assert "00007.captions: no shard of dataset.json. Its tar is gone: remove it" in gone
+    assert f"00008.tar: no shard of dataset.json. Run: laclip index {folder}" in new
 
 
 def test_a_swapped_sidecar_is_found(folder):

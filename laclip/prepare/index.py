@@ -85,6 +85,11 @@ def index(
     if variants and not kept:
         named = "".join(f" --rewrites {name}=FILE" for name in variants[1:])
         text += f"\nits captions are not of these samples. Run: laclip tokenize {folder}{named}"
+    elif not manifest and any(folder.glob("*.captions")):
+        text += (
+            "\nthere was no dataset.json to tell what its captions are. "
+            f"Run: laclip tokenize {folder}, with --rewrites NAME=FILE for each variant"
+        )
     return text
 
 

@@ -80,7 +80,9 @@ def _check_manifest(dataset: Dataset) -> list[str]:
     known = set(names)
     for path in sorted(folder.iterdir()):
         if path.suffix in (".tar", ".samples", ".captions") and f"{path.stem}.tar" not in known:
-            problems.append(f"{path}: no shard of dataset.json. Run: laclip index {folder}")
+            there = (folder / f"{path.stem}.tar").exists()
+            run = f"Run: laclip index {folder}" if there else "Its tar is gone: remove it"
+            problems.append(f"{path}: no shard of dataset.json. {run}")
     return problems
 
 
