@@ -43,10 +43,31 @@ def test_any_flipped_bit_is_found(name, folder):
         path.write_bytes(flipped)
         try:
             problems = verify(folder)
-        except ValueError as error:  # dataset.json is refused as a whole
+        except ValueError as error:
+            assert name == "dataset.json"  # which is refused as a whole
             problems = [str(error)]
         assert problems, f"byte {at} of {name}"
         assert any(str(folder) in problem for problem in problems)
+
+
+def test_a_flipped_bit_of_a_key_is_told_by_all_that_read_it(folder, capsys):
+    path = folder / "00000.samples"
+    whole = bytearray(path.read_bytes())
+    for bit in (1, 128):  # another key, and one that is no text
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ bit]))
+        for command in ("verify", "tokenize"):
+            assert main([command, str(folder), "--jobs", "1"]) != 0
+            told = "".join(capsys.readouterr())
+            assert f"{path}: its bytes do not give its checksum. Run: laclip index --force" in told
+
+
+def test_what_is_told_of_a_broken_dataset_json_mends_it(folder, capsys):
+    file = folder / "dataset.json"
+    file.write_text(file.read_text().replace("captions_checksum", "captions_chucksum", 1))
+    assert main(["verify", str(folder), "--jobs", "1"]) == 2
+    assert f"Run: laclip index {folder}" in capsys.readouterr().err
+    assert main(["index", str(folder), "--jobs", "1"]) == 0
+    assert verify(folder) == []
 
 
 @pytest.mark.parametrize("name", ["00000.samples", "00000.captions", "00000.tar"])

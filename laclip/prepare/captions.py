@@ -19,7 +19,7 @@ from laclip.dataset import (
     CaptionsTable,
     SamplesTable,
 )
-from laclip.prepare.folder import file_checksum, seal, write_whole
+from laclip.prepare.folder import is_whole, seal, write_whole
 from laclip.prepare.sources import squeeze
 from laclip.prepare.store import TextStore
 from laclip.tokenizer import load_tokenizer
@@ -80,6 +80,11 @@ def tokenize_shard(
     samples = SamplesTable(folder / f"{shard.stem}.samples")
     if f"{int(samples.header['checksum']):016x}" != shard.samples_checksum:
         raise ValueError(f"{samples.path}: not as dataset.json says. Run: laclip index {folder}")
+    if not is_whole(samples):  # another key would take another sample's rewrites
+        raise ValueError(
+            f"{samples.path}: its bytes do not give its checksum. "
+            f"Run: laclip index --force {folder}"
+        )
     size = (folder / shard.name).stat().st_size
     if size != samples.header["shard_bytes"]:
         raise ValueError(
@@ -134,11 +139,7 @@ def _is_done(path: Path, checksum: str, shard) -> bool:
     except (FileNotFoundError, ValueError):
         return False
     found = [f"{int(table.header[name]):016x}" for name in ("checksum", "samples_checksum")]
-    return found == [checksum, shard.samples_checksum] and _is_whole(table)
-
-
-def _is_whole(table: CaptionsTable) -> bool:
-    return file_checksum(np.memmap(table.path, np.uint8, "r"), 128) == table.header["checksum"]
+    return found == [checksum, shard.samples_checksum] and is_whole(table)
 
 
 def _old_captions(path: Path, shard) -> CaptionsTable:
@@ -149,7 +150,7 @@ def _old_captions(path: Path, shard) -> CaptionsTable:
         table = CaptionsTable(path)
     except (FileNotFoundError, ValueError):
         table = None
-    if table is None or not _is_whole(table):
+    if table is None or not is_whole(table):
         what = "is damaged" if path.exists() else "is missing"
         raise ValueError(
             f"{path} {what}: no variant can be kept from it. {again}, or put the file back"

@@ -14,6 +14,7 @@ import laclip
 from laclip import _native
 from laclip.dataset import BAD, DECODED, REASONS, SAMPLE_RECORD, SAMPLES_HEADER, SamplesTable
 from laclip.prepare.folder import (
+    is_whole,
     read_manifest,
     remove_leftovers,
     samples_summary,
@@ -119,7 +120,8 @@ def index_shard(tar: Path, decode: bool = False, force: bool = False) -> dict:
     ):
         return {**samples_summary(path), "bytes": 0, "other_members": 0}
     scan = _native.scan_tar(str(tar))
-    if old is not None and old.header["shard_checksum"] == scan["shard_checksum"]:
+    same = old is not None and old.header["shard_checksum"] == scan["shard_checksum"]
+    if old is not None and same and is_whole(old):
         parts = [np.fromfile(path, np.uint8)]  # a copy of the tar: what --decode found of it stays
     else:
         parts = _samples_file(tar, scan, decode)
