@@ -120,8 +120,7 @@ def index_shard(tar: Path, decode: bool = False, force: bool = False) -> dict:
     ):
         return {**samples_summary(path), "bytes": 0, "other_members": 0}
     scan = _native.scan_tar(str(tar))
-    same = old is not None and old.header["shard_checksum"] == scan["shard_checksum"]
-    if old is not None and same and is_whole(old):
+    if old is not None and old.header["shard_checksum"] == scan["shard_checksum"]:
         parts = [np.fromfile(path, np.uint8)]  # a copy of the tar: what --decode found of it stays
     else:
         parts = _samples_file(tar, scan, decode)
@@ -158,14 +157,14 @@ def _samples_file(tar: Path, scan: dict, decode: bool) -> list[np.ndarray]:
 
 
 def _old_table(path: Path, decode: bool) -> SamplesTable | None:
-    """An earlier run's .samples file, if it says all that is asked for."""
+    """An earlier run's .samples file, if it is whole and says all that is asked for."""
     try:
         table = SamplesTable(path)
     except (FileNotFoundError, ValueError):
         return None
     good = table.records["flags"] & BAD == 0
     decoded = not decode or bool(np.all(table.records["flags"][good] & DECODED))
-    return table if decoded and table.header["rules"] == RULES else None
+    return table if decoded and table.header["rules"] == RULES and is_whole(table) else None
 
 
 def _repeated_keys(folder: Path, shards: list[dict]) -> str:
