@@ -61,7 +61,7 @@ def read_keyed(
     """(key, text) of every row of a .jsonl, .csv or .parquet file.
 
     Fields and columns are `key` and the first of text_names that is there. Unless key_needed, a
-    row without a key gets its number, from 0. Nulls in Parquet are passed over. Raises ValueError
+    row without a key gets its number, from 0. Nulls are passed over. Raises ValueError
     with file and line for what is unfit.
     """
     rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix]
@@ -101,12 +101,12 @@ def _json_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Ite
             key = entry["key"] if key_needed else entry.get("key", str(number))
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
             key = text = None
-        if not isinstance(key, str) or not isinstance(text, str):
+        if not isinstance(key, str) or not isinstance(text, str | None):
             raise ValueError(
                 f'{path}: line {number + 1}: found {line[:80]!r}, expected {{"key": "...", '
                 f'"{text_names[0]}": "..."}}'
             )
-        yield number, _HALF.sub("\ufffd", key), _HALF.sub("\ufffd", text)
+        yield number, _HALF.sub("\ufffd", key), text and _HALF.sub("\ufffd", text)
 
 
 def _csv_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iterator[_Row]:
