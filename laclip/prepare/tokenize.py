@@ -133,7 +133,8 @@ def tokenize(
     if dataset.tokenizer not in (None, fingerprint) and set(kept) - set(rewrites):
         raise ValueError(
             f"{folder}: its variants {sorted(set(kept) - set(rewrites))} were tokenized with "
-            f"{dataset.tokenizer}, asked for is {fingerprint}. Name their files again, or --drop"
+            f"{dataset.tokenizer}, asked for is {fingerprint}. Name their tokenizer (--tokenizer), "
+            "or their files again, or --drop"
         )
     remove_leftovers(folder)
     work = temporary_name(folder / "tokenize")
