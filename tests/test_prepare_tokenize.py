@@ -256,9 +256,9 @@ def bad_file(tmp_path, name, content):
     return path
 
 
-def parquet(texts):
+def parquet(texts, key="k0"):
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"key": ["k0"], "text": texts}), file)
+    pyarrow.parquet.write_table(pyarrow.table({"key": [key], "text": texts}), file)
     return file.getvalue()
 
 
@@ -275,6 +275,7 @@ BAD_FILES = {
     "latin-1 csv": ("r.csv", "key,text\nk0,é".encode("latin1"), "iconv -f latin1"),
     "bytes": ("r.parquet", parquet([b"a dog"]), "column 'text' holds binary, expected strings"),
     "lists": ("r.parquet", parquet([["a dog", "a cat"]]), "column 'text' holds list"),
+    "numbers": ("r.parquet", parquet(["a dog"], 12), "column 'key' holds int64, expected strings"),
     "no parquet": ("r.parquet", b"PAR1 nothing", "not Parquet"),
     "no original": ("r.txt", b"a line\n", "--original-csv"),
 }
