@@ -222,8 +222,8 @@ def _check_found(dataset, sources: list[Source], original_csv: Path | None) -> N
             own = open_texts(dataset.path, dataset.shards[0]).identities(source.identity)[0]
             raise ValueError(
                 f"--rewrites {source.name}: no sample of {dataset.path} finds a text by its "
-                f"{source.identity}. The first sample's is {own!r}, the first text's "
-                f"{TextStore(Path(source.place)).identity(0)!r}"
+                f"{source.identity}. The first sample's is {(own and own[:80])!r}, the first "
+                f"text's {TextStore(Path(source.place)).identity(0)[:80]!r}"
             )
         if source.identity in ("row", "path") and not compared:
             _check_captions(dataset, shard, source.identity, original_csv)
