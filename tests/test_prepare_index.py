@@ -27,7 +27,7 @@ from laclip.dataset import (
     SIXTEEN_BIT,
     open_dataset,
 )
-from laclip.prepare.index import index
+from laclip.prepare.index import index, index_shard
 
 
 def encode(mode="RGB", size=(31, 17), kind="JPEG", **options):
@@ -357,6 +357,19 @@ def test_a_changed_tar_is_indexed_again(tmp_path):
     first = indexed(tmp_path, pairs("a", "b")).header["checksum"]
     table = indexed(tmp_path, pairs("a", "c"))
     assert table.keys() == ["a", "c"] and table.header["checksum"] != first
+
+
+def test_tars_that_come_while_it_runs_are_told(tmp_path, monkeypatch):
+    (tmp_path / "0.tar").write_bytes(GOOD)
+
+    def scan_while_another_comes(tar, *arguments):
+        (tmp_path / "1.tar").write_bytes(GOOD)
+        return index_shard(tar, *arguments)
+
+    monkeypatch.setattr("laclip.prepare.index.index_shard", scan_while_another_comes)
+    told = f"1 more tars came meanwhile. Run: laclip index {tmp_path}"
+    assert index(tmp_path).endswith(told)
+    assert told not in index(tmp_path)
 
 
 def test_two_processes_give_what_one_gives(tmp_path):

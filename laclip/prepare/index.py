@@ -83,6 +83,8 @@ def index(
     shards = [result["shard"] for result in found]
     kept = write_manifest(folder, shards, captions, variants, tokenizer, libraries)
     text = _report(folder, found)
+    if later := len(set(tar_paths(folder)) - set(paths)):
+        text += f"\n{later} more tars came meanwhile. Run: laclip index {folder}"
     if variants and not kept:
         named = "".join(f" --rewrites {name}=FILE" for name in variants[1:])
         text += f"\nits captions are not of these samples. Run: laclip tokenize {folder}{named}"
