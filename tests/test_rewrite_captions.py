@@ -52,13 +52,6 @@ def test_lines_of_a_text_have_their_numbers_as_keys(tmp_path):
     ]  # fmt: skip
 
 
-def test_bytes_in_parquet_are_text(tmp_path):
-    columns = {"key": ["k", None], "caption": ["café".encode(), b"a dog"]}
-    table = pyarrow.table(columns, pyarrow.schema([("key", "binary"), ("caption", "large_binary")]))
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert list(open_captions(tmp_path / "a.parquet")[0].read()) == [("k", "café"), ("1", "a dog")]
-
-
 def test_half_a_character_is_replaced(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"key": "k", "caption": "a \\ud83d dog"}')
     assert list(open_captions(tmp_path / "a.jsonl")[0].read()) == [("k", "a \ufffd dog")]
