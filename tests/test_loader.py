@@ -273,3 +273,37 @@ def test_several_datasets_are_one_list(emoji_copy):
             seen.setdefault((int(sample) % one, int(variant)), []).append(ids.tolist())
     twice = [found for found in seen.values() if len(found) == 2]
     assert len(twice) > 300 and all(a == b for a, b in twice)
+
+
+def test_a_folder_listed_twice_is_drawn_twice_an_epoch_each_time_anew(emoji_copy, tmp_path):
+    victim = int(next(loader(emoji_copy)).samples[0])
+    (key,) = damage(emoji_copy, [victim]).values()
+    one = open_dataset(emoji_copy)
+
+    def twice(**values):
+        rest = {"seed": 0, "global_batch_size": 307, "image_size": 16, "context_length": 32}
+        data = DataConfig(flip=True)
+        return Loader([one, one], data, load_tokenizer(), device=CPU, **rest, **values)
+
+    log = tmp_path / "bad_samples.jsonl"
+    reading, drawn = twice(bad_log=log), {}
+    batches = [next(reading) for _ in range(2 * one.num_samples // 307)]
+    copies = [victim, victim + one.num_samples]
+    assert sorted(reading.bad_samples) == copies
+    assert [json.loads(line)["key"] for line in log.read_text().splitlines()] == [key, key]
+    assert sum(batch.substitutes for batch in batches) == 2
+    for batch in batches:
+        plan = reading._reader.plan(batch.index)
+        assert (plan.samples == batch.samples).all() and not set(copies) & set(plan.samples)
+        for values in zip(plan.samples, plan.drawn_variants, plan.windows.tolist(), plan.mirrors):
+            drawn.setdefault(int(values[0]) % one.num_samples, []).append(values[1:])
+    pairs = [places for places in drawn.values() if len(places) == 2]
+    assert len(pairs) > one.num_samples - 5
+    for what in range(3):  # caption, window, flip: most captions have four rewrites or fewer
+        equal = np.mean([first[what] == second[what] for first, second in pairs])
+        assert equal < (0.5, 0.01, 0.6)[what]
+    going_on = twice(start=9, bad_samples=copies)
+    for expected in batches[9:11]:
+        found = next(going_on)
+        assert (found.samples == expected.samples).all()
+        assert torch.equal(found.images, expected.images)
