@@ -343,8 +343,10 @@ bool BatchReader::is_bad(const Shard& shard, SamplePlace place,
 }
 
 // Another sample of the same shard that stands nowhere else in the same global batch, if there is
-// one, for the bad one at `position` of that batch. The bad samples of the shard in this batch are
-// served in the order of their positions, so that no two get the same one, whichever rank asks.
+// one, for the bad one at `position` of that batch. Each place that the shard has in the batch
+// begins to look in a stretch of its own of one order of the shard, so that ranks choose apart what
+// they do not know of each other's bad ones; those that are known are served in the order of their
+// positions, so that no two get the same one, whichever rank asks.
 SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
                                     const std::set<std::uint64_t>& bad) {
   const std::uint64_t first = slot.batch->index * options_.global_batch_size;
@@ -355,21 +357,24 @@ SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
   SamplePlace found = slot.global[position];
   const Shard& shard = slot.open(cache_, found.shard);
   std::set<std::uint32_t> taken;
-  std::vector<std::pair<std::uint64_t, std::uint32_t>> bad_here;  // position, index in the shard
+  std::vector<std::uint64_t> bad_here;  // which of the shard's places in the batch, up to this one
+  std::uint64_t places = 0;
   for (std::size_t at = 0; at < slot.global.size(); ++at) {
     const SamplePlace other = slot.global[at];
     if (other.shard != found.shard) continue;
     taken.insert(other.index);
-    if (at <= position && is_bad(shard, other, bad)) bad_here.emplace_back(first + at, other.index);
+    if (at <= position && is_bad(shard, other, bad)) bad_here.push_back(places);
+    ++places;
   }
   const std::uint64_t count = counts_[found.shard];
-  for (const auto& [at, index] : bad_here) {
-    const std::uint64_t sample = first_sample_[found.shard] + index;
-    const PhiloxBlock key = draw(options_.seed, Stream::kSubstitute, sample, at / samples(), 0);
-    const KeyedBijection order(count, key[0], key[1]);
+  const PhiloxBlock key =
+      draw(options_.seed, Stream::kSubstitute, first_sample_[found.shard], slot.batch->index, 0);
+  const KeyedBijection order(count, key[0], key[1]);
+  for (const std::uint64_t place : bad_here) {
+    const std::uint64_t begin = place * (count / places);
     bool done = false;
-    for (std::uint64_t i = 0; i < count && !done; ++i) {
-      found.index = static_cast<std::uint32_t>(order(i));
+    for (std::uint64_t i = begin; i < begin + count && !done; ++i) {
+      found.index = static_cast<std::uint32_t>(order(i % count));
       done = !taken.contains(found.index) && !is_bad(shard, found, bad);
     }
     if (!done) return any_good(slot.global[position], (first + position) / samples(), bad);

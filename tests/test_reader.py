@@ -276,6 +276,16 @@ def test_a_bad_sample_yields_a_substitute_and_changes_nothing_else():
     assert halves == after
 
 
+def test_ranks_that_know_different_bad_samples_choose_different_substitutes():
+    for index in range(10):
+        chosen = []
+        for rank in range(2):
+            part = reader(rank=rank, world_size=2)
+            part.mark_bad(part.plan(index).samples.tolist())
+            chosen += part.plan(index).samples.tolist()
+        assert len(set(chosen) | set(reader().plan(index).samples.tolist())) == 256
+
+
 def test_a_batch_that_holds_whole_shards_still_finds_substitutes():
     wide = {"window_shards": 1, "global_batch_size": 1536}
     clean = reader(**wide).read(0)  # of 1,024 samples a shard
