@@ -114,11 +114,18 @@ void BatchReader::seek(std::uint64_t index) {
   wake_workers_.notify_all();
 }
 
+bool BatchReader::ready() const { return !queue_.empty() && queue_.front()->done(); }
+
+bool BatchReader::wait(std::chrono::milliseconds patience) {
+  std::unique_lock lock(mutex_);
+  return wake_reader_.wait_for(lock, patience, [this] { return ready(); });
+}
+
 std::shared_ptr<Batch> BatchReader::next() {
   std::shared_ptr<Slot> slot;
   {
     std::unique_lock lock(mutex_);
-    wake_reader_.wait(lock, [this] { return !queue_.empty() && queue_.front()->done(); });
+    wake_reader_.wait(lock, [this] { return ready(); });
     slot = queue_.front();
     // A batch that failed stays at the front: asking again gives the same error.
     if (slot->error) std::rethrow_exception(slot->error);
@@ -425,7 +432,7 @@ std::int32_t* BatchReader::write_caption(const Shard& shard, std::uint32_t index
 void BatchReader::read_part(Slot& slot, std::size_t part) {
   Batch& batch = *slot.batch;
   const std::size_t end = std::min(batch.size, (part + 1) * kPartSamples);
-  for (std::size_t i = part * kPartSamples; i < end; ++i) {
+  for (std::size_t i = part * kPartSamples; i < end && !stop_; ++i) {
     const auto image =
         batch.buffer.bytes().subspan(batch.begin[i], batch.begin[i + 1] - batch.begin[i]);
     slot.shard[i]->read_image(slot.place[i].index, image);

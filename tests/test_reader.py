@@ -4,7 +4,10 @@ import gc
 import hashlib
 import itertools
 import json
+import os
 import re
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -356,6 +359,46 @@ def test_damaged_sidecars_are_refused(emoji_copy, suffix):
             for index in range(24):
                 broken.read(index)
         assert str(path) in str(error.value)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_who_waits_for_a_file_system_that_hangs_can_be_interrupted(emoji_copy):
+    hanging = list(emoji_copy.glob("*.captions"))
+    for path in hanging:
+        path.unlink()
+        os.mkfifo(path)  # opening it waits for a writer
+    waiting = reader(emoji_copy)
+    asked, writers = False, []
+
+    def interrupt(*_):
+        if asked:
+            raise Interrupted
+
+    def let_go():
+        writers.extend(os.open(path, os.O_RDWR) for path in hanging)
+
+    at_last = threading.Timer(120, let_go)
+    at_last.start()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    try:
+        with pytest.raises(Interrupted):
+            asked = True
+            waiting.next()
+    finally:
+        asked = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        at_last.cancel()
+        let_go()
+    with pytest.raises(RuntimeError, match=r"captions' is 0 bytes long"):
+        waiting.next()
+    del waiting  # its threads may open another one
+    for writer in writers:
+        os.close(writer)
 
 
 def test_a_caption_entry_that_points_outside_is_refused(emoji_copy):
