@@ -41,8 +41,10 @@ struct BatchReader::Slot {
   std::shared_ptr<Batch> batch;
   std::unordered_map<std::uint32_t, std::shared_ptr<const Shard>> opened;
   std::vector<SamplePlace> place;
-  std::vector<const Shard*> shard;  // of each place
-  std::vector<SamplePlace> global;  // of all ranks, once a substitute is needed
+  std::vector<const Shard*> shard;      // of each place
+  std::vector<SamplePlace> global;      // of all ranks, once a substitute is needed
+  std::set<std::uint32_t> substituted;  // shards whose bad samples were given substitutes,
+  std::unordered_map<std::size_t, SamplePlace> substitutes;  // these, by position in `global`
   bool planned = false;
   std::size_t next_part = 0;
   std::size_t parts = 0;
@@ -350,10 +352,7 @@ bool BatchReader::is_bad(const Shard& shard, SamplePlace place,
 }
 
 // Another sample of the same shard that stands nowhere else in the same global batch, if there is
-// one, for the bad one at `position` of that batch. Each place that the shard has in the batch
-// begins to look in a stretch of its own of one order of the shard, so that ranks choose apart what
-// they do not know of each other's bad ones; those that are known are served in the order of their
-// positions, so that no two get the same one, whichever rank asks.
+// one, for the bad one at `position` of that batch.
 SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
                                     const std::set<std::uint64_t>& bad) {
   const std::uint64_t first = slot.batch->index * options_.global_batch_size;
@@ -361,33 +360,44 @@ SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
     slot.global.resize(options_.global_batch_size);
     place_samples(first, slot.global);
   }
-  SamplePlace found = slot.global[position];
-  const Shard& shard = slot.open(cache_, found.shard);
-  std::set<std::uint32_t> taken;
-  std::vector<std::uint64_t> bad_here;  // which of the shard's places in the batch, up to this one
-  std::uint64_t places = 0;
+  const SamplePlace place = slot.global[position];
+  if (slot.substituted.insert(place.shard).second) substitute_shard(slot, place.shard, bad);
+  const auto found = slot.substitutes.find(position);
+  if (found != slot.substitutes.end()) return found->second;
+  return any_good(place, (first + position) / samples(), bad);
+}
+
+// Substitutes for all bad samples of a shard in a global batch, as far as the shard has any. Each
+// place that the shard has in the batch begins to look in a stretch of its own of one order of the
+// shard, so that ranks choose apart what they do not know of each other's bad ones; those that are
+// known are served in the order of their positions, so that no two get the same one, whichever rank
+// asks.
+void BatchReader::substitute_shard(Slot& slot, std::uint32_t number,
+                                   const std::set<std::uint64_t>& bad) {
+  const Shard& shard = slot.open(cache_, number);
+  const std::uint64_t count = counts_[number];
+  std::vector<bool> taken(count);
+  std::vector<std::size_t> positions;  // of the shard's samples in the batch
   for (std::size_t at = 0; at < slot.global.size(); ++at) {
-    const SamplePlace other = slot.global[at];
-    if (other.shard != found.shard) continue;
-    taken.insert(other.index);
-    if (at <= position && is_bad(shard, other, bad)) bad_here.push_back(places);
-    ++places;
+    if (slot.global[at].shard != number) continue;
+    taken[slot.global[at].index] = true;
+    positions.push_back(at);
   }
-  const std::uint64_t count = counts_[found.shard];
   const PhiloxBlock key =
-      draw(options_.seed, Stream::kSubstitute, first_sample_[found.shard], slot.batch->index, 0);
+      draw(options_.seed, Stream::kSubstitute, first_sample_[number], slot.batch->index, 0);
   const KeyedBijection order(count, key[0], key[1]);
-  for (const std::uint64_t place : bad_here) {
-    const std::uint64_t begin = place * (count / places);
+  for (std::size_t place = 0; place < positions.size(); ++place) {
+    if (!is_bad(shard, slot.global[positions[place]], bad)) continue;
+    const std::uint64_t begin = place * (count / positions.size());
     bool done = false;
     for (std::uint64_t i = begin; i < begin + count && !done; ++i) {
-      found.index = static_cast<std::uint32_t>(order(i % count));
-      done = !taken.contains(found.index) && !is_bad(shard, found, bad);
+      const SamplePlace found{number, static_cast<std::uint32_t>(order(i % count))};
+      if (taken[found.index] || is_bad(shard, found, bad)) continue;
+      taken[found.index] = done = true;
+      slot.substitutes.emplace(positions[place], found);
     }
-    if (!done) return any_good(slot.global[position], (first + position) / samples(), bad);
-    taken.insert(found.index);
+    if (!done) return;  // nor is there one for those behind
   }
-  return found;
 }
 
 // A good sample of the bad one's shard or, where it has none, of the next shards in the list, even

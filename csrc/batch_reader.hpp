@@ -134,6 +134,7 @@ class BatchReader {
   void open_next_window(std::uint64_t first);
   bool is_bad(const Shard& shard, SamplePlace place, const std::set<std::uint64_t>& bad) const;
   SamplePlace substitute(Slot& slot, std::size_t position, const std::set<std::uint64_t>& bad);
+  void substitute_shard(Slot& slot, std::uint32_t number, const std::set<std::uint64_t>& bad);
   SamplePlace any_good(SamplePlace place, std::uint64_t epoch, const std::set<std::uint64_t>& bad);
   std::int32_t* write_caption(const Shard& shard, std::uint32_t index, std::uint32_t variant,
                               std::int32_t* out) const;
