@@ -141,6 +141,7 @@ std::shared_ptr<Batch> BatchReader::plan(std::uint64_t index) {
   const auto slot = new_slot(index);
   plan(*slot);
   slot->batch->buffer.resize(0);
+  open_next_window(index);
   return slot->batch;
 }
 
@@ -209,6 +210,13 @@ void BatchReader::work() {
       --slot->parts_left;
     }
     if (slot->done()) wake_reader_.notify_all();
+    if (planning && !error) {
+      const std::uint64_t index = slot->batch->index;
+      slot.reset();
+      lock.unlock();
+      open_next_window(index);
+      lock.lock();
+    }
   }
 }
 
@@ -247,18 +255,20 @@ void BatchReader::place_samples(std::uint64_t first, std::span<SamplePlace> out)
   }
 }
 
-// Opens the shards of the window after this one, once: their sidecars come from the disk meanwhile.
-void BatchReader::open_next_window(std::uint64_t first) {
-  const auto order = order_of(first / samples());
-  const std::size_t next = order->window_of(first % samples()) + 1;
-  const std::uint64_t mark = first / samples() * order->windows() + next;
-  if (next == order->windows() || opened_window_.exchange(mark) == mark) return;
-  for (const std::uint32_t shard : order->shards_of(next)) {
-    try {
-      cache_.open(shard);
-    } catch (const std::runtime_error&) {
-      // The batch that needs it will say so.
+// Opens the shards of the window after this batch's, once: their sidecars come from the disk
+// meanwhile. No batch waits for it.
+void BatchReader::open_next_window(std::uint64_t index) {
+  const std::uint64_t first = index * options_.global_batch_size;
+  try {
+    const auto order = order_of(first / samples());
+    const std::size_t next = order->window_of(first % samples()) + 1;
+    const std::uint64_t mark = first / samples() * order->windows() + next;
+    if (next == order->windows() || opened_window_.exchange(mark) == mark) return;
+    for (const std::uint32_t shard : order->shards_of(next)) {
+      if (!stop_) cache_.open(shard);
     }
+  } catch (const std::exception&) {
+    // The batch that needs it will say so.
   }
 }
 
@@ -289,7 +299,6 @@ void BatchReader::plan(Slot& slot) {
   const std::uint64_t position = batch.index * options_.global_batch_size + options_.rank * size;
   place_samples(position, slot.place);
   for (std::size_t i = 0; i < size; ++i) batch.epoch[i] = (position + i) / samples();
-  open_next_window(position);
   std::int32_t* const tokens = batch.token_ids.data();
   std::int32_t* out = tokens;
   for (std::uint32_t number = 0; number < batch.variants; ++number) {

@@ -131,7 +131,7 @@ class BatchReader {
   void plan(Slot& slot);
   void place_samples(std::uint64_t first, std::span<SamplePlace> out);
   void draw_sample(Slot& slot, std::size_t i, const std::set<std::uint64_t>& bad);
-  void open_next_window(std::uint64_t first);
+  void open_next_window(std::uint64_t index);
   bool is_bad(const Shard& shard, SamplePlace place, const std::set<std::uint64_t>& bad) const;
   SamplePlace substitute(Slot& slot, std::size_t position, const std::set<std::uint64_t>& bad);
   void substitute_shard(Slot& slot, std::uint32_t number, const std::set<std::uint64_t>& bad);

@@ -250,12 +250,11 @@ ShardCache::ShardCache(std::vector<ShardFiles> files, std::size_t capacity)
     : files_(std::move(files)), capacity_(std::max<std::size_t>(1, capacity)) {}
 
 std::shared_ptr<const Shard> ShardCache::open(std::uint32_t shard) {
-  const std::lock_guard lock(mutex_);
-  if (const auto found = place_.find(shard); found != place_.end()) {
-    recent_.splice(recent_.begin(), recent_, found->second);
-    return found->second->second;
-  }
+  if (auto opened = find(shard)) return opened;
+  // Not under the lock: a file system that is slow to open holds up nobody who needs another shard.
   auto opened = std::make_shared<const Shard>(files_[shard]);
+  const std::lock_guard lock(mutex_);
+  if (place_.contains(shard)) return place_[shard]->second;  // another thread was faster
   recent_.emplace_front(shard, opened);
   place_[shard] = recent_.begin();
   if (recent_.size() > capacity_) {
@@ -263,6 +262,14 @@ std::shared_ptr<const Shard> ShardCache::open(std::uint32_t shard) {
     recent_.pop_back();
   }
   return opened;
+}
+
+std::shared_ptr<const Shard> ShardCache::find(std::uint32_t shard) {
+  const std::lock_guard lock(mutex_);
+  const auto found = place_.find(shard);
+  if (found == place_.end()) return nullptr;
+  recent_.splice(recent_.begin(), recent_, found->second);
+  return found->second->second;
 }
 
 }  // namespace laclip
