@@ -1,5 +1,6 @@
 """The loader: its ranks, its restarts, bad data at run time."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ import torch
 
 from laclip.config import DataConfig
 from laclip.dataset import open_dataset
+from laclip.images import ImagePipeline
 from laclip.loader import DataError, Loader
 from laclip.tokenizer import load_tokenizer
 
@@ -128,6 +130,35 @@ def test_a_batch_made_ready_ahead_is_the_next_one_and_its_error_waits_for_next(e
             except DataError as error:
                 raise AssertionError("raised where nobody had asked for the batch") from error
             next(broken)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_loader_that_was_interrupted_goes_on_where_it_was(monkeypatch):
+    clean, stopped = (loader(global_batch_size=128) for _ in range(2))  # two parts a batch
+    fetch, fetched = ImagePipeline._fetch, []
+
+    def interrupt(pipeline, *part):
+        fetched.append(part)
+        if len(fetched) in (2, 7, 8):  # as Ctrl-C does, when DALI has given the part away
+            pipeline._pipeline.outputs()
+            raise Interrupted
+        fetch(pipeline, *part)
+
+    for index in range(6):
+        expected = next(clean)
+        with monkeypatch.context() as patch:
+            patch.setattr(ImagePipeline, "_fetch", interrupt)
+            while True:
+                with contextlib.suppress(Interrupted):
+                    found = next(stopped)
+                    break
+        assert found.index == expected.index == index
+        assert (found.samples == expected.samples).all()
+        assert torch.equal(found.images, expected.images)
+    assert len(fetched) > 14
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.35])  # nothing of the image, or its header and more
