@@ -1,8 +1,13 @@
 """The configuration: what is read, what is refused, what comes back."""
 
-import pytest
+import dataclasses
+import re
+import textwrap
 
-from laclip.config import PRESETS, Config, differences, dump_config, load_config
+import pytest
+from train_job import ROOT
+
+from laclip.config import PRESETS, Config, differences, dump_config, flatten, load_config
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path):
@@ -110,3 +115,20 @@ def test_differences_leave_out_what_does_not_change_the_run():
     new = load_config(None, ["optimizer.lr=1", "data.prefetch=5", "evaluation.tasks.a.data=x"])
     assert differences(old, new) == ["optimizer.lr: 0.001 -> 1.0"]
     assert differences(old, old) == []
+
+
+def test_the_documents_name_keys_that_exist():
+    known = set(flatten(Config())) | {"model.text", "model.vision", "evaluation.tasks"}
+    sections = "|".join(field.name for field in dataclasses.fields(Config))
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for key in re.findall(rf"\b(?:{sections})\.[a-z_]+(?:\.[a-z_]+)?\b", path.read_text()):
+            is_file = key.endswith((".py", ".md", ".pt"))
+            assert is_file or key in known or key.startswith("evaluation.tasks."), (path, key)
+
+
+def test_the_configuration_with_defaults_of_open_clip_is_one(tmp_path):
+    text = (ROOT / "docs" / "from_open_clip.md").read_text()
+    block = re.search(r"\n\n((?:    .*\n|\n)+)\n## Options", text)[1]
+    (tmp_path / "open_clip.toml").write_text(textwrap.dedent(block))
+    config = load_config(tmp_path / "open_clip.toml")
+    assert config.optimizer.eps == 1e-6 and config.data.crop_scale == (0.9, 1.0)
