@@ -41,8 +41,10 @@ struct BatchReader::Slot {
   std::shared_ptr<Batch> batch;
   std::unordered_map<std::uint32_t, std::shared_ptr<const Shard>> opened;
   std::vector<SamplePlace> place;
-  std::vector<const Shard*> shard;  // of each place
-  std::vector<SamplePlace> global;  // of all ranks, once a substitute is needed
+  std::vector<const Shard*> shard;      // of each place
+  std::vector<SamplePlace> global;      // of all ranks, once a substitute is needed
+  std::set<std::uint32_t> substituted;  // shards whose bad samples were given substitutes,
+  std::unordered_map<std::size_t, SamplePlace> substitutes;  // these, by position in `global`
   bool planned = false;
   std::size_t next_part = 0;
   std::size_t parts = 0;
@@ -114,11 +116,18 @@ void BatchReader::seek(std::uint64_t index) {
   wake_workers_.notify_all();
 }
 
+bool BatchReader::ready() const { return !queue_.empty() && queue_.front()->done(); }
+
+bool BatchReader::wait(std::chrono::milliseconds patience) {
+  std::unique_lock lock(mutex_);
+  return wake_reader_.wait_for(lock, patience, [this] { return ready(); });
+}
+
 std::shared_ptr<Batch> BatchReader::next() {
   std::shared_ptr<Slot> slot;
   {
     std::unique_lock lock(mutex_);
-    wake_reader_.wait(lock, [this] { return !queue_.empty() && queue_.front()->done(); });
+    wake_reader_.wait(lock, [this] { return ready(); });
     slot = queue_.front();
     // A batch that failed stays at the front: asking again gives the same error.
     if (slot->error) std::rethrow_exception(slot->error);
@@ -132,6 +141,7 @@ std::shared_ptr<Batch> BatchReader::plan(std::uint64_t index) {
   const auto slot = new_slot(index);
   plan(*slot);
   slot->batch->buffer.resize(0);
+  open_next_window(index);
   return slot->batch;
 }
 
@@ -200,6 +210,13 @@ void BatchReader::work() {
       --slot->parts_left;
     }
     if (slot->done()) wake_reader_.notify_all();
+    if (planning && !error) {
+      const std::uint64_t index = slot->batch->index;
+      slot.reset();
+      lock.unlock();
+      open_next_window(index);
+      lock.lock();
+    }
   }
 }
 
@@ -238,18 +255,20 @@ void BatchReader::place_samples(std::uint64_t first, std::span<SamplePlace> out)
   }
 }
 
-// Opens the shards of the window after this one, once: their sidecars come from the disk meanwhile.
-void BatchReader::open_next_window(std::uint64_t first) {
-  const auto order = order_of(first / samples());
-  const std::size_t next = order->window_of(first % samples()) + 1;
-  const std::uint64_t mark = first / samples() * order->windows() + next;
-  if (next == order->windows() || opened_window_.exchange(mark) == mark) return;
-  for (const std::uint32_t shard : order->shards_of(next)) {
-    try {
-      cache_.open(shard);
-    } catch (const std::runtime_error&) {
-      // The batch that needs it will say so.
+// Opens the shards of the window after this batch's, once: their sidecars come from the disk
+// meanwhile. No batch waits for it.
+void BatchReader::open_next_window(std::uint64_t index) {
+  const std::uint64_t first = index * options_.global_batch_size;
+  try {
+    const auto order = order_of(first / samples());
+    const std::size_t next = order->window_of(first % samples()) + 1;
+    const std::uint64_t mark = first / samples() * order->windows() + next;
+    if (next == order->windows() || opened_window_.exchange(mark) == mark) return;
+    for (const std::uint32_t shard : order->shards_of(next)) {
+      if (!stop_) cache_.open(shard);
     }
+  } catch (const std::exception&) {
+    // The batch that needs it will say so.
   }
 }
 
@@ -280,7 +299,6 @@ void BatchReader::plan(Slot& slot) {
   const std::uint64_t position = batch.index * options_.global_batch_size + options_.rank * size;
   place_samples(position, slot.place);
   for (std::size_t i = 0; i < size; ++i) batch.epoch[i] = (position + i) / samples();
-  open_next_window(position);
   std::int32_t* const tokens = batch.token_ids.data();
   std::int32_t* out = tokens;
   for (std::uint32_t number = 0; number < batch.variants; ++number) {
@@ -343,8 +361,7 @@ bool BatchReader::is_bad(const Shard& shard, SamplePlace place,
 }
 
 // Another sample of the same shard that stands nowhere else in the same global batch, if there is
-// one, for the bad one at `position` of that batch. The bad samples of the shard in this batch are
-// served in the order of their positions, so that no two get the same one, whichever rank asks.
+// one, for the bad one at `position` of that batch.
 SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
                                     const std::set<std::uint64_t>& bad) {
   const std::uint64_t first = slot.batch->index * options_.global_batch_size;
@@ -352,30 +369,44 @@ SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
     slot.global.resize(options_.global_batch_size);
     place_samples(first, slot.global);
   }
-  SamplePlace found = slot.global[position];
-  const Shard& shard = slot.open(cache_, found.shard);
-  std::set<std::uint32_t> taken;
-  std::vector<std::pair<std::uint64_t, std::uint32_t>> bad_here;  // position, index in the shard
+  const SamplePlace place = slot.global[position];
+  if (slot.substituted.insert(place.shard).second) substitute_shard(slot, place.shard, bad);
+  const auto found = slot.substitutes.find(position);
+  if (found != slot.substitutes.end()) return found->second;
+  return any_good(place, (first + position) / samples(), bad);
+}
+
+// Substitutes for all bad samples of a shard in a global batch, as far as the shard has any. Each
+// place that the shard has in the batch begins to look in a stretch of its own of one order of the
+// shard, so that ranks choose apart what they do not know of each other's bad ones; those that are
+// known are served in the order of their positions, so that no two get the same one, whichever rank
+// asks.
+void BatchReader::substitute_shard(Slot& slot, std::uint32_t number,
+                                   const std::set<std::uint64_t>& bad) {
+  const Shard& shard = slot.open(cache_, number);
+  const std::uint64_t count = counts_[number];
+  std::vector<bool> taken(count);
+  std::vector<std::size_t> positions;  // of the shard's samples in the batch
   for (std::size_t at = 0; at < slot.global.size(); ++at) {
-    const SamplePlace other = slot.global[at];
-    if (other.shard != found.shard) continue;
-    taken.insert(other.index);
-    if (at <= position && is_bad(shard, other, bad)) bad_here.emplace_back(first + at, other.index);
+    if (slot.global[at].shard != number) continue;
+    taken[slot.global[at].index] = true;
+    positions.push_back(at);
   }
-  const std::uint64_t count = counts_[found.shard];
-  for (const auto& [at, index] : bad_here) {
-    const std::uint64_t sample = first_sample_[found.shard] + index;
-    const PhiloxBlock key = draw(options_.seed, Stream::kSubstitute, sample, at / samples(), 0);
-    const KeyedBijection order(count, key[0], key[1]);
+  const PhiloxBlock key =
+      draw(options_.seed, Stream::kSubstitute, first_sample_[number], slot.batch->index, 0);
+  const KeyedBijection order(count, key[0], key[1]);
+  for (std::size_t place = 0; place < positions.size(); ++place) {
+    if (!is_bad(shard, slot.global[positions[place]], bad)) continue;
+    const std::uint64_t begin = place * (count / positions.size());
     bool done = false;
-    for (std::uint64_t i = 0; i < count && !done; ++i) {
-      found.index = static_cast<std::uint32_t>(order(i));
-      done = !taken.contains(found.index) && !is_bad(shard, found, bad);
+    for (std::uint64_t i = begin; i < begin + count && !done; ++i) {
+      const SamplePlace found{number, static_cast<std::uint32_t>(order(i % count))};
+      if (taken[found.index] || is_bad(shard, found, bad)) continue;
+      taken[found.index] = done = true;
+      slot.substitutes.emplace(positions[place], found);
     }
-    if (!done) return any_good(slot.global[position], (first + position) / samples(), bad);
-    taken.insert(found.index);
+    if (!done) return;  // nor is there one for those behind
   }
-  return found;
 }
 
 // A good sample of the bad one's shard or, where it has none, of the next shards in the list, even
@@ -420,7 +451,7 @@ std::int32_t* BatchReader::write_caption(const Shard& shard, std::uint32_t index
 void BatchReader::read_part(Slot& slot, std::size_t part) {
   Batch& batch = *slot.batch;
   const std::size_t end = std::min(batch.size, (part + 1) * kPartSamples);
-  for (std::size_t i = part * kPartSamples; i < end; ++i) {
+  for (std::size_t i = part * kPartSamples; i < end && !stop_; ++i) {
     const auto image =
         batch.buffer.bytes().subspan(batch.begin[i], batch.begin[i + 1] - batch.begin[i]);
     slot.shard[i]->read_image(slot.place[i].index, image);

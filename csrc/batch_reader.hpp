@@ -5,6 +5,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -107,6 +108,8 @@ class BatchReader {
   std::uint64_t samples() const { return first_sample_.back(); }
   // The batch that next() gives next; what was read ahead is dropped.
   void seek(std::uint64_t index);
+  // Waits a while; whether next() gives the next batch at once.
+  bool wait(std::chrono::milliseconds patience);
   // Waits for the next batch. Rethrows what went wrong while it was read.
   std::shared_ptr<Batch> next();
   // Reads one batch at once, past the queue.
@@ -121,15 +124,17 @@ class BatchReader {
  private:
   struct Slot;
 
+  bool ready() const;
   std::shared_ptr<Slot> new_slot(std::uint64_t index);
   SamplePlace place_of(std::uint64_t sample) const;
   std::shared_ptr<const EpochOrder> order_of(std::uint64_t epoch);
   void plan(Slot& slot);
   void place_samples(std::uint64_t first, std::span<SamplePlace> out);
   void draw_sample(Slot& slot, std::size_t i, const std::set<std::uint64_t>& bad);
-  void open_next_window(std::uint64_t first);
+  void open_next_window(std::uint64_t index);
   bool is_bad(const Shard& shard, SamplePlace place, const std::set<std::uint64_t>& bad) const;
   SamplePlace substitute(Slot& slot, std::size_t position, const std::set<std::uint64_t>& bad);
+  void substitute_shard(Slot& slot, std::uint32_t number, const std::set<std::uint64_t>& bad);
   SamplePlace any_good(SamplePlace place, std::uint64_t epoch, const std::set<std::uint64_t>& bad);
   std::int32_t* write_caption(const Shard& shard, std::uint32_t index, std::uint32_t variant,
                               std::int32_t* out) const;
@@ -152,7 +157,7 @@ class BatchReader {
   std::deque<std::shared_ptr<Slot>> queue_;
   std::uint64_t next_index_ = 0;
   std::shared_ptr<const std::set<std::uint64_t>> bad_;
-  bool stop_ = false;
+  std::atomic<bool> stop_ = false;
   std::vector<std::thread> workers_;
 };
 

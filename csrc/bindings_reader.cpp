@@ -162,7 +162,17 @@ void bind_reader(nb::module_& module) {
       .def(nb::init<std::vector<ShardFiles>, ReaderOptions>(), "shards"_a, "options"_a)
       .def("__len__", &BatchReader::samples)
       .def("seek", &BatchReader::seek, "index"_a, Release())
-      .def("next", &BatchReader::next, Release())
+      .def("next",
+           [](BatchReader& self) {
+             const auto wait = [&self] {
+               const nb::gil_scoped_release release;
+               return self.wait(std::chrono::milliseconds(100));
+             };
+             while (!wait()) {  // Ctrl-C does not wait for a file system that is slow
+               if (PyErr_CheckSignals() != 0) throw nb::python_error();
+             }
+             return self.next();
+           })
       .def("read", &BatchReader::read, "index"_a, Release())
       .def("plan", nb::overload_cast<std::uint64_t>(&BatchReader::plan), "index"_a, Release())
       .def("mark_bad", &BatchReader::mark_bad, "samples"_a)

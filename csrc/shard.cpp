@@ -28,8 +28,21 @@ std::string hex(std::uint64_t value) {
 
 std::string system_error(int code) { return std::strerror(code); }
 
+// A system call, up to 5 times within 3 seconds: network file systems recover from short outages; a
+// disk that is gone, or a file, does not.
+template <typename Call>
+auto patiently(Call call) {
+  for (int failures = 0;;) {
+    const auto result = call();
+    if (result >= 0 || errno == ENOENT) return result;
+    if (errno == EINTR) continue;
+    if (++failures == 5) return result;
+    std::this_thread::sleep_for(std::chrono::milliseconds(100 << failures));
+  }
+}
+
 int open_file(const std::string& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = patiently([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC); });
   const int code = errno;
   const char* help = code == ENOENT ? ". Put it back, or run: laclip index, laclip tokenize" : "";
   if (fd < 0) fail(path, "cannot be opened: " + system_error(code) + help);
@@ -215,25 +228,21 @@ void Shard::expect_image(std::uint32_t index) const {
 
 void Shard::read_image(std::uint32_t index, std::span<std::byte> out) const {
   const SampleRecord& sample = record(index);
-  std::size_t done = 0;
-  int tries = 0;
-  while (done < out.size()) {
-    const ssize_t got = ::pread(tar_fd_, out.data() + done, out.size() - done,
-                                static_cast<off_t>(sample.offset + done));
-    if (got > 0) {
-      done += static_cast<std::size_t>(got);
-    } else if (got == 0) {
+  for (std::size_t done = 0; done < out.size();) {
+    const ssize_t got = patiently([&] {
+      return ::pread(tar_fd_, out.data() + done, out.size() - done,
+                     static_cast<off_t>(sample.offset + done));
+    });
+    const int code = errno;
+    if (got < 0) {
+      fail(tar_, "cannot be read at sample " + std::string(key(index)) +
+                     " after 5 tries: " + system_error(code));
+    }
+    if (got == 0) {
       fail(tar_, "ends inside sample " + std::string(key(index)) +
                      ": it was cut short since it was indexed. Run: laclip index");
-    } else if (errno != EINTR) {
-      // Network file systems recover from short outages; a disk that is gone does not.
-      const int code = errno;
-      if (++tries == 5) {
-        fail(tar_, "cannot be read at sample " + std::string(key(index)) +
-                       " after 5 tries: " + system_error(code));
-      }
-      std::this_thread::sleep_for(std::chrono::milliseconds(100 << tries));
     }
+    done += static_cast<std::size_t>(got);
   }
 }
 
@@ -241,12 +250,11 @@ ShardCache::ShardCache(std::vector<ShardFiles> files, std::size_t capacity)
     : files_(std::move(files)), capacity_(std::max<std::size_t>(1, capacity)) {}
 
 std::shared_ptr<const Shard> ShardCache::open(std::uint32_t shard) {
-  const std::lock_guard lock(mutex_);
-  if (const auto found = place_.find(shard); found != place_.end()) {
-    recent_.splice(recent_.begin(), recent_, found->second);
-    return found->second->second;
-  }
+  if (auto opened = find(shard)) return opened;
+  // Not under the lock: a file system that is slow to open holds up nobody who needs another shard.
   auto opened = std::make_shared<const Shard>(files_[shard]);
+  const std::lock_guard lock(mutex_);
+  if (place_.contains(shard)) return place_[shard]->second;  // another thread was faster
   recent_.emplace_front(shard, opened);
   place_[shard] = recent_.begin();
   if (recent_.size() > capacity_) {
@@ -254,6 +262,14 @@ std::shared_ptr<const Shard> ShardCache::open(std::uint32_t shard) {
     recent_.pop_back();
   }
   return opened;
+}
+
+std::shared_ptr<const Shard> ShardCache::find(std::uint32_t shard) {
+  const std::lock_guard lock(mutex_);
+  const auto found = place_.find(shard);
+  if (found == place_.end()) return nullptr;
+  recent_.splice(recent_.begin(), recent_, found->second);
+  return found->second->second;
 }
 
 }  // namespace laclip

@@ -105,6 +105,8 @@ class ShardCache {
   std::size_t size() const { return files_.size(); }
 
  private:
+  std::shared_ptr<const Shard> find(std::uint32_t shard);
+
   using Entry = std::pair<std::uint32_t, std::shared_ptr<const Shard>>;
   std::vector<ShardFiles> files_;
   std::size_t capacity_;

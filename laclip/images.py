@@ -39,7 +39,7 @@ class DecodeError(RuntimeError):
 
 
 # Images that DALI decodes at once. A batch goes through it in such parts, so that a failure costs a
-# part, and a part's pixels are copied while the next is decoded.
+# part, and a part's pixels are normalized while the next is decoded.
 _PART_CPU, _PART_CPU_PER_THREAD, _PART_GPU = 64, 8, 128
 
 
@@ -89,6 +89,8 @@ class ImagePipeline:
         mean, std = NORMALIZATION[normalize]
         self._mean = [255 * channel for channel in mean]
         self._std = [255 * channel for channel in std]
+        self._scale = 1 / torch.tensor(self._std, device=device)[:, None, None]
+        self._shift = -torch.tensor(self._mean, device=device)[:, None, None] * self._scale
         self.train = train
         self.device = device
         self.threads = threads
@@ -100,7 +102,7 @@ class ImagePipeline:
         self.part = min(batch_size, part)
         self.queue = depth * -(-batch_size // self.part)
         self._in_flight: deque[_Batch] = deque()
-        self._copied: deque[tuple] = deque()  # on a GPU: outputs, each with its copy's event
+        self._read: deque[tuple] = deque()  # on a GPU: outputs, each with the event of its reading
         self._pipeline = self._build()
         self._apart: Pipeline | None = None  # for images that are decoded out of turn
 
@@ -137,40 +139,21 @@ class ImagePipeline:
             if self.train:
                 drawn = source("drawn", types.INT32, 1)
                 anchor, shape, mirror = drawn[0:2] + zero, drawn[2:4], drawn[4]
-                size = [self.image_size, self.image_size]
             else:
-                # torchvision's Resize and CenterCrop: the longer side is cut to a whole number of
-                # pixels, half pixels of the crop's place round to even.
-                short = dali_math.min(parsed[0], parsed[1])
-                height = self.image_size * parsed[0] // short
-                width = self.image_size * parsed[1] // short
                 anchor = fn.stack(zero, zero)
                 shape = fn.cast(fn.stack(parsed[1], parsed[0]), dtype=types.INT32)
-                size = fn.cast(fn.stack(height, width), dtype=types.FLOAT)
             images = fn.decoders.image_slice(encoded, anchor, shape, axis_names="WH", **decoder)
-            if gpu:
-                images = fn.resize(
-                    images,
-                    size=size,
-                    interp_type=_INTERPOLATION[self.interpolation],
-                    antialias=True,
-                )
-                if not self.train:
-                    start = [_half_to_even(length - self.image_size) for length in (width, height)]
-                    images = fn.slice(
-                        images,
-                        fn.cast(fn.stack(*start), dtype=types.INT32),
-                        (self.image_size, self.image_size),
-                        axis_names="WH",
-                    )
-                images = fn.crop_mirror_normalize(
-                    images,
-                    mirror=mirror if self.train else 0,
-                    mean=self._mean,
-                    std=self._std,
-                    dtype=types.FLOAT,
-                    output_layout="CHW",
-                )
+            if _dali_resizes(self.device):  # what waits to be taken is uint8, a quarter of fp32
+                resize = {
+                    "size": [self.image_size, self.image_size],
+                    "interp_type": _INTERPOLATION[self.interpolation],
+                    "antialias": True,
+                }
+                if self.train:
+                    images = fn.flip(fn.resize(images, **resize), horizontal=mirror)
+                else:
+                    begin, end = _centre(parsed, self.image_size)
+                    images = fn.resize(images, roi_start=begin, roi_end=end, **resize)
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
@@ -244,21 +227,20 @@ class ImagePipeline:
     def _fetch(
         self, pipeline: Pipeline, images: torch.Tensor, batch: _Batch, positions: Sequence[int]
     ) -> None:
-        """Copies what DALI finished first; on a GPU in its stream, without waiting.
-
-        On a CPU DALI has decoded alone: its resize there takes three times as long as ours.
-        """
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device)
-            (output,) = pipeline.outputs(cuda_stream=stream)
-            images.copy_(torch.from_dlpack(output.as_tensor()))
-            # DALI's streams know nothing of this copy: an output that was let go before it has run
-            # would be decoded into.
-            self._copied.append((stream.record_event(), output))
-            while self._copied and self._copied[0][0].query():
-                self._copied.popleft()
+        """Normalizes what DALI finished first; on a GPU in its stream, without waiting."""
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        (output,) = pipeline.outputs(cuda_stream=stream)
+        if _dali_resizes(self.device):
+            channels_last = torch.from_dlpack(output.as_tensor())
+            channels_first = channels_last.permute(0, 3, 1, 2)
+            torch.addcmul(self._shift, channels_first, self._scale, out=images)
+            if stream is not None:
+                # DALI's streams know nothing of this reader: an output that was let go before it
+                # has run would be decoded into.
+                self._read.append((stream.record_event(), output))
+                while self._read and self._read[0][0].query():
+                    self._read.popleft()
             return
-        (output,) = pipeline.outputs()
         decoded = [output.at(i) for i in range(len(positions))]
         mirrors = [0] * len(decoded)
         if batch.drawn is not None:
@@ -340,10 +322,22 @@ def _named(error: RuntimeError, positions: Sequence[int]) -> dict[int, str]:
     return {positions[number]: reason for number in numbers if number < len(positions)}
 
 
-def _half_to_even(length):
-    """Half of a whole number of pixels, rounded as Python's round does."""
-    half = length // 2
-    return half + (length - 2 * half) * (half - half // 2 * 2)
+def _dali_resizes(device: torch.device) -> bool:
+    """On a CPU DALI decodes alone: its resize there takes three times as long as ours."""
+    return device.type == "cuda"
+
+
+def _centre(parsed, side):
+    """What torchvision's Resize and CenterCrop leave of an image of this shape: from where to where
+    in each direction, in its own pixels."""
+    begin, end = [], []
+    for length in (parsed[0], parsed[1]):
+        resized = side * length // dali_math.min(parsed[0], parsed[1])
+        half = (resized - side) // 2
+        half += (resized - side - 2 * half) * (half % 2)  # half pixels round to even
+        begin.append(half * length / resized)
+        end.append((half + side) * length / resized)
+    return fn.stack(*begin), fn.stack(*end)
 
 
 def _reason(message: str) -> str:

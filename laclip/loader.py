@@ -11,6 +11,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,8 @@ class Loader:
             [files for dataset in datasets for files in shard_files(dataset)], options
         )
         self._reader.mark_bad(list(self.bad_samples))
-        self._reader.seek(start)
-        self._pipeline = ImagePipeline(
+        self._new_pipeline = partial(
+            ImagePipeline,
             batch_size=global_batch_size // world_size,
             image_size=image_size,
             interpolation=data.interpolation,
@@ -143,11 +144,19 @@ class Loader:
         self._depth = data.prefetch
         self._max_bad_fraction = data.max_bad_fraction
         self._bad_log = bad_log
-        self._in_flight: deque[_native.Batch] = deque()
         self._start = start
         self._found_bad = 0
         self._new_bad: dict[int, str] = {}
         self._prepared: LoadedBatch | DataError | None = None
+        self._next = start
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is under way; the batch after the last one that was given out comes next."""
+        self._in_flight: deque[_native.Batch] = deque()
+        self._pipeline = self._new_pipeline()
+        self._reader.seek(self._next)
+        self._under_way = True
 
     @property
     def num_samples(self) -> int:
@@ -185,11 +194,17 @@ class Loader:
         if self._prepared is None:
             try:
                 self._prepared = self._load()
+                self._next += 1
             except DataError as error:
                 self._prepared = error
+            except BaseException:  # Ctrl-C, say: what was under way is neither whole nor lost
+                self._under_way = False
+                raise
 
     def _load(self) -> LoadedBatch:
         asked = _now(self._device)
+        if not self._under_way:
+            self._begin()
         while True:
             while len(self._in_flight) < self._depth:
                 self._feed(self._read())

@@ -411,7 +411,7 @@ def gpu_memory(
         **held,
         **max(backward, update, key=lambda items: sum({**held, **items}.values())),
         "images, this batch's and the next one's": 2 * local * image,
-        f"DALI: images of {ahead} batches ahead": 4 * ahead * local * pixels,
+        f"DALI: images of {ahead} batches ahead, as bytes": ahead * local * pixels,
         "CUDA, NCCL, cuDNN, decoders (assumed)": OUTSIDE_PYTORCH,
     }
 

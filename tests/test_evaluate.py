@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from train_job import arguments, run
 
 from laclip.cli import main
 from laclip.config import load_config
-from laclip.evaluation.data import open_labelled
+from laclip.evaluation.data import open_labelled, read_bytes
 from laclip.evaluation.prompts import FOLDER
 from laclip.evaluation.ranking import places
 from laclip.evaluation.trained import TrainedModel
@@ -188,6 +190,23 @@ def test_images_that_do_not_decode_are_counted_and_named(trained, drawings, fold
         assert scores[key] == expected[key]
     printed = capsys.readouterr().out
     assert "a_cut.jpg" in printed and "notes.txt" in printed and r"e_\udce9.jpg" in printed
+
+
+def test_what_cannot_be_read_is_no_image_that_does_not_decode(drawings, tmp_path, monkeypatch):
+    images = open_labelled(tars(tmp_path / "tars", drawings))
+    path, offset, count = images.places[0]
+    assert len(images.read(0)) == count
+    os.truncate(path, offset + count // 2)
+    with pytest.raises(ValueError, match=f"'{re.escape(str(path))}' has become shorter"):
+        images.read(0)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+        images.read(0)
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with pytest.raises(OSError, match="Input/output error: '/proc/self/mem'"):
+        read_bytes(Path("/proc/self/mem"), 0, 16)  # nothing is mapped there
+    assert len(pauses) == 4
 
 
 def test_folders_named_by_numbers_follow_the_numbers(trained, drawings, tmp_path):

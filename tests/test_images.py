@@ -6,11 +6,13 @@ import struct
 import zlib
 
 import numpy as np
+import nvidia.dali.types as types
 import pytest
 import torch
 from PIL import Image, ImageOps
 
 from laclip import _native
+from laclip import images as images_module
 from laclip.images import NORMALIZATION, DecodeError, ImagePipeline
 
 CPU = torch.device("cpu")
@@ -35,8 +37,16 @@ def photograph(width, height, seed):
     return np.frombuffer(buffer.getvalue(), np.uint8), Image.open(buffer).convert("RGB")
 
 
+@pytest.fixture(params=["ours", "DALI's"])
+def resize(request, monkeypatch):
+    """On a CPU both: our own resize, and with DALI's CPU operators all that a GPU is given behind
+    the decoder."""
+    monkeypatch.setattr(images_module, "_dali_resizes", lambda device: request.param == "DALI's")
+    return request.param
+
+
 @pytest.mark.parametrize("interpolation", ["cubic", "linear"])
-def test_training_images_are_those_of_pil(interpolation):
+def test_training_images_are_those_of_pil(interpolation, resize):
     encoded, pictures = zip(*(photograph(400 + 30 * i, 300 + 20 * i, i) for i in range(6)))
     windows = np.array([[7, 11, 350, 260], [0, 0, 100, 200], [50, 60, 224, 224]] * 2, np.int32)
     mirrors = np.array([0, 1] * 3, np.uint8)
@@ -53,8 +63,9 @@ def test_training_images_are_those_of_pil(interpolation):
 
 
 @pytest.mark.parametrize("interpolation", ["cubic", "linear"])
-def test_evaluation_images_are_those_of_pil(interpolation):
+def test_evaluation_images_are_those_of_pil(interpolation, resize):
     sizes = ((500, 300), (320, 480), (224, 224), (333, 251), (225, 224), (229, 224), (100, 90))
+    sizes += ((24, 2000), (1999, 25))
     encoded, pictures = zip(*(photograph(w, h, w) for w, h in sizes))
     pipeline = ImagePipeline(
         batch_size=len(sizes),
@@ -81,7 +92,7 @@ def difference(image, expected):
     return np.abs(image.permute(1, 2, 0).numpy() - np.asarray(expected, np.float32)).mean()
 
 
-def test_normalization_can_be_imagenets():
+def test_normalization_can_be_imagenets(resize):
     encoded, _ = photograph(300, 300, 0)
     images = []
     for normalize in NORMALIZATION:
@@ -93,7 +104,18 @@ def test_normalization_can_be_imagenets():
     assert (images[0] - images[1]).abs().max() < 1e-2
 
 
-def test_undecodable_images_are_named_and_the_pipeline_goes_on():
+@pytest.mark.parametrize("train", [True, False])
+def test_what_waits_for_a_gpu_are_bytes(train, monkeypatch):
+    monkeypatch.setattr(images_module, "_dali_resizes", lambda device: True)
+    pipeline = ImagePipeline(batch_size=1, image_size=32, train=train, device=CPU)
+    window = np.array([[5, 5, 40, 50]], np.int32)
+    pipeline.feed([photograph(60, 70, 0)[0]], *((window, np.zeros(1, np.uint8)) if train else ()))
+    (waiting,) = pipeline._pipeline.outputs()
+    assert waiting.as_tensor().shape() == [1, 32, 32, 3]
+    assert waiting.dtype == types.UINT8
+
+
+def test_undecodable_images_are_named_and_the_pipeline_goes_on(resize):
     good = [photograph(200, 150, i)[0] for i in range(8)]
     gif = io.BytesIO()
     Image.new("RGB", (40, 40)).save(gif, "GIF")
@@ -235,7 +257,7 @@ def test_unusual_kinds_decode_as_in_pil(name):
     assert difference(levels(pipeline.take())[0], expected) < 1
 
 
-def test_half_precision_is_the_rounding_of_fp32():
+def test_half_precision_is_the_rounding_of_fp32(resize):
     encoded = [photograph(200 + i, 150, i)[0] for i in range(70)]  # more than one part
     windows = np.tile(np.array([[5, 5, 120, 120]], np.int32), (70, 1))
     images = {}
@@ -251,7 +273,7 @@ def test_half_precision_is_the_rounding_of_fp32():
     assert torch.equal(*embedded)
 
 
-def test_only_the_failed_part_is_decoded_again():
+def test_only_the_failed_part_is_decoded_again(resize):
     good = [photograph(120, 100, i)[0] for i in range(150)]  # three parts on a CPU
     windows = np.tile(np.array([[5, 5, 80, 80]], np.int32), (150, 1))
     mirrors = np.zeros(150, np.uint8)

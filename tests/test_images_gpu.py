@@ -28,14 +28,15 @@ def draw_batches(count):
         yield encoded, np.array(windows, np.int32), rng.integers(0, 2, BATCH).astype(np.uint8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("train", [True, False])
-def test_images_are_those_of_the_cpu(train):
+def test_images_are_those_of_the_cpu(train, dtype):
     for encoded, windows, mirrors in draw_batches(2):
         found = []
         for device in (torch.device("cuda", 0), CPU):
-            pipeline = pipeline_on(device, train)
+            pipeline = pipeline_on(device, train, dtype=dtype)
             pipeline.feed(encoded, *((windows, mirrors) if train else ()))
-            found.append(levels(pipeline.take().cpu()))
+            found.append(levels(pipeline.take().cpu().float()))
         # Another upsampling of the colours, another resize: near, not equal.
         assert (found[0] - found[1]).abs().mean() < 3
 

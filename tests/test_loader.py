@@ -1,5 +1,6 @@
 """The loader: its ranks, its restarts, bad data at run time."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ import torch
 
 from laclip.config import DataConfig
 from laclip.dataset import open_dataset
+from laclip.images import ImagePipeline
 from laclip.loader import DataError, Loader
 from laclip.tokenizer import load_tokenizer
 
@@ -128,6 +130,35 @@ def test_a_batch_made_ready_ahead_is_the_next_one_and_its_error_waits_for_next(e
             except DataError as error:
                 raise AssertionError("raised where nobody had asked for the batch") from error
             next(broken)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_loader_that_was_interrupted_goes_on_where_it_was(monkeypatch):
+    clean, stopped = (loader(global_batch_size=128) for _ in range(2))  # two parts a batch
+    fetch, fetched = ImagePipeline._fetch, []
+
+    def interrupt(pipeline, *part):
+        fetched.append(part)
+        if len(fetched) in (2, 7, 8):  # as Ctrl-C does, when DALI has given the part away
+            pipeline._pipeline.outputs()
+            raise Interrupted
+        fetch(pipeline, *part)
+
+    for index in range(6):
+        expected = next(clean)
+        with monkeypatch.context() as patch:
+            patch.setattr(ImagePipeline, "_fetch", interrupt)
+            while True:
+                with contextlib.suppress(Interrupted):
+                    found = next(stopped)
+                    break
+        assert found.index == expected.index == index
+        assert (found.samples == expected.samples).all()
+        assert torch.equal(found.images, expected.images)
+    assert len(fetched) > 14
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.35])  # nothing of the image, or its header and more
@@ -273,3 +304,37 @@ def test_several_datasets_are_one_list(emoji_copy):
             seen.setdefault((int(sample) % one, int(variant)), []).append(ids.tolist())
     twice = [found for found in seen.values() if len(found) == 2]
     assert len(twice) > 300 and all(a == b for a, b in twice)
+
+
+def test_a_folder_listed_twice_is_drawn_twice_an_epoch_each_time_anew(emoji_copy, tmp_path):
+    victim = int(next(loader(emoji_copy)).samples[0])
+    (key,) = damage(emoji_copy, [victim]).values()
+    one = open_dataset(emoji_copy)
+
+    def twice(**values):
+        rest = {"seed": 0, "global_batch_size": 307, "image_size": 16, "context_length": 32}
+        data = DataConfig(flip=True)
+        return Loader([one, one], data, load_tokenizer(), device=CPU, **rest, **values)
+
+    log = tmp_path / "bad_samples.jsonl"
+    reading, drawn = twice(bad_log=log), {}
+    batches = [next(reading) for _ in range(2 * one.num_samples // 307)]
+    copies = [victim, victim + one.num_samples]
+    assert sorted(reading.bad_samples) == copies
+    assert [json.loads(line)["key"] for line in log.read_text().splitlines()] == [key, key]
+    assert sum(batch.substitutes for batch in batches) == 2
+    for batch in batches:
+        plan = reading._reader.plan(batch.index)
+        assert (plan.samples == batch.samples).all() and not set(copies) & set(plan.samples)
+        for values in zip(plan.samples, plan.drawn_variants, plan.windows.tolist(), plan.mirrors):
+            drawn.setdefault(int(values[0]) % one.num_samples, []).append(values[1:])
+    pairs = [places for places in drawn.values() if len(places) == 2]
+    assert len(pairs) > one.num_samples - 5
+    for what in range(3):  # caption, window, flip: most captions have four rewrites or fewer
+        equal = np.mean([first[what] == second[what] for first, second in pairs])
+        assert equal < (0.5, 0.01, 0.6)[what]
+    going_on = twice(start=9, bad_samples=copies)
+    for expected in batches[9:11]:
+        found = next(going_on)
+        assert (found.samples == expected.samples).all()
+        assert torch.equal(found.images, expected.images)

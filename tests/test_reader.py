@@ -1,10 +1,14 @@
 """The C++ core of the loader: epoch order, batch reader, captions, crop windows."""
 
+import contextlib
 import gc
 import hashlib
 import itertools
 import json
+import os
 import re
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -276,6 +280,16 @@ def test_a_bad_sample_yields_a_substitute_and_changes_nothing_else():
     assert halves == after
 
 
+def test_ranks_that_know_different_bad_samples_choose_different_substitutes():
+    for index in range(10):
+        chosen = []
+        for rank in range(2):
+            part = reader(rank=rank, world_size=2)
+            part.mark_bad(part.plan(index).samples.tolist())
+            chosen += part.plan(index).samples.tolist()
+        assert len(set(chosen) | set(reader().plan(index).samples.tolist())) == 256
+
+
 def test_a_batch_that_holds_whole_shards_still_finds_substitutes():
     wide = {"window_shards": 1, "global_batch_size": 1536}
     clean = reader(**wide).read(0)  # of 1,024 samples a shard
@@ -346,6 +360,68 @@ def test_damaged_sidecars_are_refused(emoji_copy, suffix):
             for index in range(24):
                 broken.read(index)
         assert str(path) in str(error.value)
+
+
+@contextlib.contextmanager
+def hanging(paths):
+    """Files that hang when they are opened, until the end or for 120 seconds; then they are empty.
+
+    Gives a list that is empty while they hang.
+    """
+    writers = []  # never closed: a thread may open one later
+
+    def let_go():
+        writers.extend(os.open(path, os.O_RDWR) for path in paths)
+
+    for path in paths:
+        path.unlink()
+        os.mkfifo(path)  # opening it waits for a writer
+    at_last = threading.Timer(120, let_go)
+    at_last.start()
+    try:
+        yield writers
+    finally:
+        at_last.cancel()
+        let_go()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_who_waits_for_a_file_system_that_hangs_can_be_interrupted(emoji_copy):
+    asked = False
+
+    def interrupt(*_):
+        if asked:
+            raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    with hanging(list(emoji_copy.glob("*.captions"))):
+        waiting = reader(emoji_copy)
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        try:
+            with pytest.raises(Interrupted):
+                asked = True
+                waiting.next()
+        finally:
+            asked = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    with pytest.raises(RuntimeError, match=r"captions' is 0 bytes long"):
+        waiting.next()
+
+
+def test_no_batch_waits_for_the_shards_of_the_next_window(emoji_copy):
+    counts = [shard.samples for shard in open_dataset(emoji_copy).shards]
+    order = _native.EpochOrder(counts, 7, 0, 1)
+    first, second = order[0][0], order[counts[order[0][0]]][0]
+    assert first != second
+    with hanging([emoji_copy / f"{second:05}.captions"]) as let_go:
+        reading = reader(emoji_copy, window_shards=1, threads=2)
+        for _ in range(4):
+            assert (reading.next().samples // 1024 == first).all()
+        assert not let_go
 
 
 def test_a_caption_entry_that_points_outside_is_refused(emoji_copy):

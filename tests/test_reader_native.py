@@ -41,10 +41,13 @@ def read_with_failures(tmp_path_factory):
     library = tmp_path_factory.mktemp("library") / "fail_reads.so"
     compiler = shutil.which("c++") or shutil.which("g++")
     source = TESTS / "csrc" / "fail_reads.cpp"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-std=c++20", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True
+    )
 
-    def read(failures):
-        environment = {**os.environ, "LD_PRELOAD": str(library), "FAIL_READS": str(failures)}
+    def read(reads, opens=0):
+        environment = {**os.environ, "LD_PRELOAD": str(library)}
+        environment |= {"FAIL_READS": str(reads), "FAIL_OPENS": str(opens)}
         return subprocess.run(
             [sys.executable, "-c", READ], env=environment, capture_output=True, text=True
         )
@@ -52,10 +55,11 @@ def read_with_failures(tmp_path_factory):
     return read
 
 
-def test_a_read_that_fails_is_tried_again(read_with_failures):
-    clean, failing = read_with_failures(0), read_with_failures(3)
-    assert clean.returncode == failing.returncode == 0, failing.stderr
-    assert int(clean.stdout) > 0 and clean.stdout == failing.stdout
+def test_what_fails_to_open_or_to_be_read_is_tried_again(read_with_failures):
+    clean, *others = (read_with_failures(*counts) for counts in ((0,), (3,), (0, 3)))
+    for failing in others:
+        assert clean.returncode == failing.returncode == 0, failing.stderr
+        assert int(clean.stdout) > 0 and clean.stdout == failing.stdout
 
 
 def test_a_read_that_keeps_failing_ends_the_run_and_names_the_sample(read_with_failures):

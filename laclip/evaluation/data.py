@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +32,30 @@ class ImageSet:
     numbered: bool = False  # classes are numbers, of which some may have no image
 
     def read(self, number: int) -> np.ndarray:
-        path, offset, count = self.places[number]
-        return np.fromfile(path, np.uint8, count, offset=offset)
+        return read_bytes(*self.places[number])
+
+
+def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
+    """Bytes of a file, all from `offset` on where count is -1.
+
+    What fails is tried 5 times within 3 seconds, as training does. Raises OSError then, and
+    ValueError for a file that has become shorter: neither is an image that does not decode.
+    """
+    for pause in (0.2, 0.4, 0.8, 1.6, None):
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                content = file.read(count)
+            break
+        except OSError as error:
+            if pause is None or isinstance(error, FileNotFoundError):
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            time.sleep(pause)
+    if len(content) < count:
+        raise ValueError(
+            f"'{path}' has become shorter while it was read. Bring back the whole file"
+        )
+    return np.frombuffer(content, np.uint8)
 
 
 def open_labelled(path: Path) -> ImageSet:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from laclip.config import DataConfig, TaskConfig
 from laclip.dataset import BAD, CAPTION_MISSING, Dataset, open_dataset
+from laclip.evaluation.data import read_bytes
 from laclip.evaluation.features import (
     Encode,
     encode_images,
@@ -64,10 +65,7 @@ class HeldOutSet:
         """The encoded bytes of image `number`, uint8."""
         shard, index = self.samples[number]
         record = self.dataset.samples(shard).records[index]
-        path = self.dataset.path / self.dataset.shards[shard].name
-        with path.open("rb") as file:
-            file.seek(int(record["offset"]))
-            return np.frombuffer(file.read(int(record["bytes"])), np.uint8)
+        return read_bytes(self.dataset.tar_path(shard), int(record["offset"]), int(record["bytes"]))
 
 
 @contextmanager
