@@ -4,6 +4,7 @@ deepspeed laclip/train.py --deepspeed_config configs/deepspeed/zero1.json [--con
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -40,11 +41,13 @@ from laclip.metrics import MetricsWriter, Progress, duration, say, variant_share
 from laclip.model import CLIP, build_model, compile_blocks, load_weights
 from laclip.optimizer import build_optimizer, learning_rate
 from laclip.parallel import (
+    FAREWELL,
     JointError,
     Ranks,
     find_ranks,
     from_first,
     gather_objects,
+    meet,
     set_timeouts,
     start_sum,
 )
@@ -81,11 +84,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         train(read_config(args), Path(args.deepspeed_config), ranks, resume=bool(args.resume))
         together = True
-    except (ValueError, FileNotFoundError, DataError) as error:
+    except Exception as error:
+        together = isinstance(error, JointError)
+        if not together and not dist.is_initialized():
+            with contextlib.suppress(JointError, dist.DistError):
+                meet(ranks, FAREWELL, f"rank {ranks.rank} failed: {type(error).__name__}: {error}")
+        if not isinstance(error, (ValueError, FileNotFoundError, DataError)):
+            raise
         # Before the ranks are connected each node reports; then the first rank hears of it.
         if ranks.is_first or (ranks.local_rank == 0 and not dist.is_initialized()):
             print(f"\nlaclip: {error}", file=sys.stderr, flush=True)
-        together = isinstance(error, JointError)
         return 2
     finally:
         if together and dist.is_initialized():
@@ -162,12 +170,13 @@ def connect(config: Config, ranks: Ranks) -> None:
     # DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed  # slow to import: mistakes are reported before
+    from deepspeed.comm.torch import build_shm_op
 
-    deepspeed.init_distributed(
-        "nccl" if ranks.device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(minutes=config.run.timeout_minutes + 1),
-        verbose=False,
-    )
+    build_shm_op()  # on a CPU; what fails on one rank fails while the others still listen
+    timeout = datetime.timedelta(minutes=config.run.timeout_minutes + 1)
+    _store = meet(ranks, timeout)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
 
 
 def start_engine(model: CLIP, config: Config, settings: dict[str, Any], ranks: Ranks) -> Any:

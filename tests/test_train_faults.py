@@ -12,7 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
-from train_job import PATIENCE, Job, arguments, environment, free_port, metrics, run, status
+from train_job import (
+    PATIENCE,
+    Job,
+    arguments,
+    environment,
+    free_port,
+    metrics,
+    run,
+    run_ranks,
+    status,
+)
 
 from laclip.engine_settings import remove_stale_lock
 
@@ -193,6 +203,16 @@ with Watchdog(ranks, SECONDS, give_up, lambda: None) as watchdog:
 
 
 SECONDS = r"(?:[3-9]|\d\d+)"
+
+
+def test_a_rank_that_fails_before_the_ranks_are_connected_ends_the_job(tmp_path):
+    program = "import os, runpy, sys; sys.argv = sys.argv[1:]\n"
+    program += "if os.environ['RANK'] == '1': sys.modules['deepspeed'] = None\n"
+    program += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", program, *arguments(tmp_path / "run")]
+    codes, outputs = run_ranks(command, environment(), 2)
+    assert codes == [2, 1] and "Traceback" not in outputs[0]
+    assert "laclip: rank 1 failed: ModuleNotFoundError: import of deepspeed" in outputs[0]
 
 
 @pytest.mark.parametrize(
