@@ -101,7 +101,8 @@ def meet(ranks: Ranks, timeout: datetime.timedelta, failure: str = "") -> dist.T
         )
     except dist.DistNetworkError as error:
         what = "cannot be opened" if ranks.is_first else "is not opened by rank 0, or out of reach"
-        raise JointError(f"'{host}' port {port} {what}: {error}") from None
+        reason = str(error).partition("\n")[0]
+        raise JointError(f"'{host}' port {port} {what}: {reason}") from None
     store.set(f"laclip/{ranks.rank}", "")
     if failure:
         store.set("laclip/news", failure)

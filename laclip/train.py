@@ -8,11 +8,13 @@ import contextlib
 import datetime
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,8 @@ def read_config(args: argparse.Namespace) -> Config:
     folder = Path(args.resume)
     if not (folder / "config.toml").is_file():
         raise FileNotFoundError(f"--resume: {args.resume!r} is no run folder: no config.toml there")
-    return load_config(folder / "config.toml", [*args.set, f'run.folder="{folder}"'])
+    config = load_config(folder / "config.toml", args.set)
+    return replace(config, run=replace(config.run, folder=str(folder)))
 
 
 def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> None:
@@ -158,7 +161,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         if stopped and ranks.is_first:
             say(
                 f"laclip: {stopped} in '{folder}'. To go on: deepspeed laclip/train.py "
-                f"--deepspeed_config {deepspeed_json} --resume {folder}"
+                f"--deepspeed_config {deepspeed_json} --resume {shlex.quote(str(folder))}"
             )
         dist.barrier()  # a rank that leaves while others still talk to it can take them down
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from laclip.config import load_config
+from laclip.config import dump_config, load_config
 from laclip.run_folder import open_folder, write_status
+from laclip.train import parse_arguments, read_config
 
 FIRST, SECOND = (load_config(None, [f"optimizer.lr={rate}"]) for rate in ("1e-3", "2e-3"))
 
@@ -45,3 +46,12 @@ def test_files_of_another_kind_are_left_alone(folder):
     with pytest.raises(ValueError, match="holds files but no run"):
         open_folder(folder, FIRST, False)
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ['with "quotes"', "back\\slash", "two\nlines", "ünïcode"])
+def test_a_folder_of_any_name_is_gone_on_with(name, folder):
+    run = folder / name
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(dump_config(FIRST))
+    words = ["--deepspeed_config", "zero1.json", "--resume", str(run)]
+    assert read_config(parse_arguments(words)).run.folder == str(run)
