@@ -34,6 +34,16 @@ from laclip.parallel import JointError, Ranks, from_first, gather_objects, raise
 _TEMPORARY = ".partial"
 
 
+def require_finite(engine: Any, step: int) -> None:
+    """Raise JointError where a weight is not: its checkpoint would take a sound one's place."""
+    weights = (getattr(p, "ds_tensor", p) for p in engine.module.parameters())  # ZeRO-3's share
+    if not all(gather_objects(all(bool(weight.isfinite().all()) for weight in weights))):
+        raise JointError(
+            f"the weights are no longer finite after {step} steps and are not saved; checkpoints "
+            "from before stay. Lower optimizer.lr or lengthen the warm-up"
+        )
+
+
 def save_checkpoint(
     engine: Any, folder: Path, state: dict[str, Any], stage: int, ranks: Ranks
 ) -> Path:

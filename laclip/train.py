@@ -31,6 +31,7 @@ from laclip.checkpoint import (
     newest_checkpoint,
     newest_step,
     prune_checkpoints,
+    require_finite,
     save_checkpoint,
 )
 from laclip.config import Config, add_set_option, load_config
@@ -39,7 +40,7 @@ from laclip.engine_settings import engine_settings, prepare_cpu
 from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
-from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
+from laclip.metrics import MetricsWriter, Progress, duration, peak_memory_mib, say, variant_shares
 from laclip.model import CLIP, build_model, compile_blocks, load_weights
 from laclip.optimizer import build_optimizer, learning_rate
 from laclip.parallel import (
@@ -347,7 +348,7 @@ def run(
                 "substitutes": substitutes,
                 "bad_samples": len(loader.bad_samples),
                 "variants": variant_shares(variants, np.array(counts[len(STOPS) + 3 :])),
-                "memory_mib": peak_memory_mib(ranks),
+                "memory_mib": peak_memory_mib(ranks.device),
                 **utilization(
                     config.model,
                     batch.captions,
@@ -372,6 +373,7 @@ def run(
         due = step % config.checkpoint.every_steps == 0 or step == total_steps
         if due or timed or stopped or (score is not None and score > best):
             watchdog.doing(f"saving step {step}")
+            require_finite(engine, step)
             bad = {sample for part in gather_objects(loader.bad_samples) for sample in part}
             content = {"step": step, "datasets": fingerprints, "bad_samples": sorted(bad)}
             content["loss_scale"] = loss_scale.value, loss_scale.good_steps
@@ -486,15 +488,6 @@ def catch_signals() -> None:
 
     signal.signal(signal.SIGINT, remember)
     signal.signal(signal.SIGTERM, remember)
-
-
-def peak_memory_mib(ranks: Ranks) -> float:
-    """Peak memory of this rank: allocated on the GPU, or resident on a CPU."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(ranks.device) / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 if __name__ == "__main__":

@@ -165,6 +165,15 @@ def test_steps_that_are_not_finite_are_logged_and_end_the_run(tmp_path):
     assert status(folder)["state"] == "resumable"
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    folder = tmp_path / "run"
+    settings = ["optimizer.lr=1e30", "optimizer.weight_decay=1e10", "checkpoint.every_steps=1"]
+    code, output = run(arguments(folder, *settings, stage=3), ranks=2, check=False)
+    assert code == 2 and "Traceback" not in output
+    assert output.count("the weights are no longer finite after 1 steps and are not saved") == 1
+    assert not list((folder / "checkpoints").glob("step_*")) and not (folder / "model.pt").exists()
+
+
 def test_a_run_of_one_rank_that_fails_says_so_in_its_status(tmp_path):
     weights = ["data.captions=weights", "data.weights=[1.0]"]
     code, output = run(arguments(tmp_path / "run", *weights), check=False)
