@@ -470,11 +470,12 @@ def _check(config: Config, source: str) -> None:
                 raise ValueError(f"{where}.{key}: only read with direction = 'zero_shot'")
     defaults = flatten(Config())
     for key, value in leaves.items():
-        values = value if isinstance(value, tuple) else [value]
+        values = value if isinstance(value, tuple) else (value,)
         for number in (n for n in values if type(n) in (int, float)):
             if number <= 0 and defaults.get(key) and key not in _MAY_BE_0:
                 raise ValueError(f"{source}: {key}: must be above 0, found {number!r}")
-            low, high = -100 * (key == "model.init_logit_scale"), _AT_MOST.get(key, 2**63 - 1)
+            low = -100 if key == "model.init_logit_scale" else 0
+            high = _AT_MOST.get(key, 1e38 if isinstance(number, float) else 2**63 - 1)
             if not low <= number <= high:
                 raise ValueError(f"{source}: {key}: expected {low} to {high:g}, found {number!r}")
     for key in ("optimizer.start_lr", "optimizer.end_lr"):
