@@ -266,6 +266,10 @@ def run(
             f"train.epochs, train.steps: {loader.num_samples} samples in batches of {batch_size} "
             f"for {config.train.epochs:g} epochs make no step. Give more of either"
         )
+    if batch_size > loader.num_samples:
+        raise JointError(
+            f"train.global_batch_size: {batch_size} is more than the {loader.num_samples} samples"
+        )
     step = saved_step = state["step"]
     best = from_first(best_score(checkpoints) if ranks.is_first else None)
     loss_scale = LossScale(config.train.precision, *([state["loss_scale"]] if found else []))
@@ -277,6 +281,8 @@ def run(
             f"{ranks.world_size} {ranks.device.type.upper()} rank(s), ZeRO-{stage}, "
             f"{config.train.precision}" + (f"; going on at step {step}" if found else "")
         )
+        if warmup_steps >= total_steps:
+            say(f"laclip: a warm-up of {warmup_steps} steps: the run ends below optimizer.lr")
         writer = MetricsWriter(
             folder,
             next_step=step,

@@ -304,6 +304,7 @@ BAD_INPUT = {
     "attention": (["model.attention=xformers"], "xformers computes on a GPU alone"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),
     "no steps": (["train.steps=0"], "make no step"),
+    "large batch": (["train.global_batch_size=3071"], "3071 is more than the 3070 samples"),
 }
 
 
