@@ -7,6 +7,7 @@ killed leaves `running` behind; the lock tells whether one is.
 import datetime
 import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,10 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
                 "folder: --set run.folder=..."
             )
     temporary = folder / "config.toml.partial"
-    temporary.write_text(dump_config(config))
+    with temporary.open("w") as file:
+        file.write(dump_config(config))
+        file.flush()
+        os.fsync(file.fileno())  # without it the run could not go on where the machine loses power
     temporary.rename(stored)
     write_status(folder, "running", None)
     return lock

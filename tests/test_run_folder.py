@@ -1,5 +1,8 @@
 """Whose a run's folder is."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from laclip.config import dump_config, load_config
@@ -38,6 +41,18 @@ def test_a_folder_in_which_a_start_failed_may_be_used(folder):
         (folder / name).touch()
     open_folder(folder, FIRST, False).close()
     assert load_config(folder / "config.toml") == FIRST
+
+
+def test_the_configuration_is_on_the_disk_before_it_takes_the_old_ones_place(folder, monkeypatch):
+    synced = []
+
+    def sync(descriptor):
+        synced.append((Path(f"/proc/self/fd/{descriptor}").read_text(), stored.exists()))
+
+    stored = folder / "config.toml"
+    monkeypatch.setattr(os, "fsync", sync)
+    open_folder(folder, FIRST, False).close()
+    assert synced == [(dump_config(FIRST), False)] and stored.read_text() == dump_config(FIRST)
 
 
 def test_files_of_another_kind_are_left_alone(folder):
