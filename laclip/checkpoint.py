@@ -266,6 +266,18 @@ def read_weights(source: Path) -> dict[str, torch.Tensor]:
         ) from None
 
 
+def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write what read_weights reads, whole or not at all. Raises OSError."""
+    partial = path.with_suffix(".partial")
+    try:
+        torch.save(weights, partial)
+    except (OSError, RuntimeError) as error:  # torch's own words for a full disk do not say so
+        free = shutil.disk_usage(path.parent).free // 2**20
+        partial.unlink(missing_ok=True)
+        raise OSError(f"writing '{path}': {error} ({free:,} MiB were free there)") from None
+    partial.rename(path)
+
+
 def _read_engine_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     if read_state(checkpoint)["stage"] < 3:
         file = checkpoint / "mp_rank_00_model_states.pt"

@@ -33,6 +33,7 @@ from laclip.checkpoint import (
     prune_checkpoints,
     require_finite,
     save_checkpoint,
+    save_weights,
 )
 from laclip.config import Config, add_set_option, load_config
 from laclip.dataset import Dataset, open_dataset
@@ -470,8 +471,7 @@ def finish(
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         if ranks.is_first:
             weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
-            torch.save(weights, folder / "model.pt.partial")
-            (folder / "model.pt.partial").rename(folder / "model.pt")
+            save_weights(weights, folder / "model.pt")
     begin = time.perf_counter()
     scores, examples = score_tasks(engine, config, tokenizer, ranks, watchdog)
     if not ranks.is_first:
