@@ -61,7 +61,8 @@ from laclip.tokenizer import Tokenizer, load_tokenizer
 from laclip.train_step import LossScale, train_step
 from laclip.watchdog import Watchdog
 
-STOPS = ("stopped by SIGINT", "stopped by SIGTERM", "stopped: its launcher is gone")
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+STOPS = (*(f"stopped by {name}" for name in SIGNALS), "stopped: its launcher is gone")
 stops: set[str] = set()  # what this rank was asked; all ranks agree on it in every step
 
 
@@ -149,10 +150,8 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
             write_status(folder, "resumable", newest_step(folder / "checkpoints"), reason)
         os._exit(1)
 
-    def orphaned() -> None:
-        stops.add(STOPS[2])
-
-    with Watchdog(ranks, 60 * config.run.timeout_minutes, give_up, orphaned) as watchdog:
+    seconds, orphaned = 60 * config.run.timeout_minutes, lambda: stops.add(STOPS[-1])
+    with Watchdog(ranks, seconds, give_up, orphaned) as watchdog:
         try:
             stopped = run(config, settings, ranks, model, tokenizer, datasets, watchdog)
         except Exception as error:
@@ -487,13 +486,14 @@ def finish(
 
 
 def catch_signals() -> None:
-    """The first SIGINT or SIGTERM asks for a checkpoint and an end; more of them change nothing."""
+    """The first of SIGNALS asks for a checkpoint and an end; more of them change nothing."""
 
     def remember(number: int, _frame: Any) -> None:
         stops.add(f"stopped by {signal.Signals(number).name}")
 
-    signal.signal(signal.SIGINT, remember)
-    signal.signal(signal.SIGTERM, remember)
+    for number in map(signal.Signals.__getitem__, SIGNALS):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, remember)
 
 
 if __name__ == "__main__":
