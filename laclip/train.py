@@ -141,7 +141,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     connect(config, ranks)
     catch_signals()
     folder = Path(config.run.folder)
-    _lock = claim_folder(folder, config, ranks, resume)
+    _lock = claim_folder(folder, config, settings, ranks, resume)
 
     def give_up(reason: str, report: bool) -> None:
         """In the watchdog's thread, as the main one may wait for a rank that is no more."""

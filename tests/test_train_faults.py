@@ -224,6 +224,17 @@ def test_a_rank_that_fails_before_the_ranks_are_connected_ends_the_job(tmp_path)
     assert "laclip: rank 1 failed: ModuleNotFoundError: import of deepspeed" in outputs[0]
 
 
+def test_ranks_that_read_different_files_do_not_train(tmp_path):
+    """As two machines do of which one has an older copy."""
+    program = "import os, runpy, sys; sys.argv = sys.argv[1:]\n"
+    program += "sys.argv += ['optimizer.lr=5e-4'] * int(os.environ['RANK'])\n"
+    program += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", program, *arguments(tmp_path / "run")]
+    codes, outputs = run_ranks(command, environment(), 2)
+    assert codes == [2, 2] and not (tmp_path / "run").exists()
+    assert "rank 1: ValueError: optimizer.lr is 0.0005, on rank 0 0.001" in outputs[0]
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
