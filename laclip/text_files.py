@@ -32,14 +32,25 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def read_csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line where it ends, cells) of every record; quoted cells may hold commas and newlines."""
+    """(line where it ends, cells) of every record; quoted cells may hold commas and newlines.
+
+    Raises ValueError for a row of more or fewer cells than the first: a text would be cut there.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such CSV file")
     reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
+    cells = 0
     try:
         for row in reader:
-            if row:
-                yield reader.line_num, row
+            if not row:
+                continue
+            cells = cells or len(row)
+            if len(row) != cells:
+                raise ValueError(
+                    f"{path}: line {reader.line_num}: {len(row)} cells, its first row has {cells}. "
+                    "A text with commas needs quotes"
+                )
+            yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
 
@@ -50,7 +61,7 @@ def read_keyed(
     """(key, text) of every row of a .jsonl, .csv or .parquet file.
 
     Fields and columns are `key` and the first of text_names that is there. Unless key_needed, a
-    row without a key gets its number, from 0. Nulls in Parquet are passed over. Raises ValueError
+    row without a key gets its number, from 0. Nulls are passed over. Raises ValueError
     with file and line for what is unfit.
     """
     rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix]
@@ -69,6 +80,18 @@ def open_parquet(path: Path):
         raise ValueError(f"{path}: not Parquet ({error})") from None
 
 
+def check_strings(path: Path, schema: Any, columns: list[str]) -> None:
+    """Raises ValueError for a Parquet column of other than strings.
+
+    str() would make texts of bytes and lists, and keys without their zeros of numbers.
+    """
+    for column in columns:
+        kind = schema.field(column).type
+        value = kind.value_type if str(kind).startswith("dictionary") else kind
+        if str(value) not in ("string", "large_string", "string_view", "null"):
+            raise ValueError(f"{path}: column {column!r} holds {kind}, expected strings")
+
+
 def _json_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iterator[_Row]:
     for number, line in enumerate(read_lines(path)):
         if not line.strip():
@@ -79,22 +102,20 @@ def _json_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Ite
             key = entry["key"] if key_needed else entry.get("key", str(number))
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
             key = text = None
-        if not isinstance(key, str) or not isinstance(text, str):
+        if not isinstance(key, str) or not isinstance(text, str | None):
             raise ValueError(
                 f'{path}: line {number + 1}: found {line[:80]!r}, expected {{"key": "...", '
                 f'"{text_names[0]}": "..."}}'
             )
-        yield number, _HALF.sub("\ufffd", key), _HALF.sub("\ufffd", text)
+        yield number, _HALF.sub("\ufffd", key), text and _HALF.sub("\ufffd", text)
 
 
 def _csv_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iterator[_Row]:
     columns = None
-    for number, (line, row) in enumerate(read_csv_rows(path), -1):
+    for number, (_, row) in enumerate(read_csv_rows(path), -1):
         if columns is None:
             columns = _columns(path, row, text_names, key_needed)
             continue
-        if len(row) <= max(columns):
-            raise ValueError(f"{path}: line {line}: {len(row)} cells, fewer than its first row")
         key_column, text_column = columns
         key = row[key_column] if key_column >= 0 else None
         yield number, key, row[text_column].removesuffix("\n")
@@ -105,9 +126,9 @@ def _parquet_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> 
         names = file.schema_arrow.names
         key_column, text_column = _columns(path, names, text_names, key_needed)
         number = 0
-        for batch in file.iter_batches(
-            columns=[names[i] for i in (text_column, key_column) if i >= 0]
-        ):
+        columns = [names[i] for i in (text_column, key_column) if i >= 0]
+        check_strings(path, file.schema_arrow, columns)
+        for batch in file.iter_batches(columns=columns):
             texts = batch.column(names[text_column]).to_pylist()
             keys = (
                 batch.column(names[key_column]).to_pylist()

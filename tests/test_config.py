@@ -1,11 +1,15 @@
 """The configuration: what is read, what is refused, what comes back."""
 
+import dataclasses
 import json
+import re
+import textwrap
 
 import pytest
 import torch
+from train_job import ROOT
 
-from laclip.config import PRESETS, Config, differences, dump_config, load_config
+from laclip.config import PRESETS, Config, differences, dump_config, flatten, load_config
 from laclip.engine_settings import engine_settings
 from laclip.parallel import Ranks
 
@@ -186,3 +190,20 @@ def test_a_json_as_hugging_face_writes_it_is_completed(tmp_path):
     settings = engine_settings(path, Config(), RANK)
     assert settings["zero_optimization"] == {"stage": 3, "sub_group_size": 1e9}
     assert settings["train_batch_size"] == Config().train.global_batch_size
+
+
+def test_the_documents_name_keys_that_exist():
+    known = set(flatten(Config())) | {"model.text", "model.vision", "evaluation.tasks"}
+    sections = "|".join(field.name for field in dataclasses.fields(Config))
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for key in re.findall(rf"\b(?:{sections})\.[a-z_]+(?:\.[a-z_]+)?\b", path.read_text()):
+            is_file = key.endswith((".py", ".md", ".pt"))
+            assert is_file or key in known or key.startswith("evaluation.tasks."), (path, key)
+
+
+def test_the_configuration_with_defaults_of_open_clip_is_one(tmp_path):
+    text = (ROOT / "docs" / "from_open_clip.md").read_text()
+    block = re.search(r"\n\n((?:    .*\n|\n)+)\n## Options", text)[1]
+    (tmp_path / "open_clip.toml").write_text(textwrap.dedent(block))
+    config = load_config(tmp_path / "open_clip.toml")
+    assert config.optimizer.eps == 1e-6 and config.data.crop_scale == (0.9, 1.0)

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from laclip.dataset import open_dataset
+from laclip.prepare import shards
+from laclip.prepare.folder import samples_summary
 from laclip.prepare.index import index
 from laclip.prepare.shards import run_shards
 from laclip.prepare.tokenize import JOURNAL, tokenize
@@ -146,6 +148,45 @@ def test_two_equal_builds_at_once_end_whole(source, tmp_path):
     assert contents(folder) == new
 
 
+def test_shards_that_are_indexed_meanwhile_are_not_lost(source, tmp_path, monkeypatch):
+    folder = shutil.copytree(source / "tars", tmp_path / "set")
+    last = (folder / f"{SHARDS - 1}.tar").rename(tmp_path / "last.tar")
+    index(folder)
+
+    def index_meanwhile(path):
+        shutil.copy(last, folder / f"{SHARDS - 1}.tar")
+        index(folder)
+        return samples_summary(path)
+
+    monkeypatch.setattr("laclip.prepare.tokenize.samples_summary", index_meanwhile)
+    with pytest.raises(ValueError, match="changed it meanwhile. Run laclip tokenize again"):
+        tokenize(folder)
+    assert len(open_dataset(folder).shards) == SHARDS
+    monkeypatch.undo()
+    tokenize(folder)
+    assert open_dataset(folder).num_samples == SHARDS * SAMPLES and verify(folder) == []
+
+
+def test_a_variant_that_is_added_meanwhile_is_not_lost_without_a_word(
+    source, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(source / "tars", tmp_path / "set")
+    index(folder)
+
+    def tokenize_meanwhile(*arguments):
+        monkeypatch.undo()
+        tokenize(folder, {"a": source / "a.jsonl"})
+        return {}
+
+    monkeypatch.setattr("laclip.prepare.tokenize._read_journal", tokenize_meanwhile)
+    with pytest.raises(ValueError, match="changed it meanwhile. Run laclip tokenize again"):
+        tokenize(folder, {"b": source / "b.jsonl"})
+    with pytest.raises(ValueError, match="Name the files of all variants again"):
+        tokenize(folder, {"b": source / "b.jsonl"})
+    tokenize(folder, {name: source / f"{name}.jsonl" for name in "ab"})
+    assert contents(folder) == contents(source / "new")
+
+
 def test_two_different_builds_at_once_never_mix(source, tmp_path):
     """What is opened afterwards holds the variant that it names, in every shard, or is refused."""
     for _ in range(3):
@@ -186,3 +227,13 @@ def tokens_of(source, name):
 def test_a_killed_worker_is_told_without_a_traceback():
     with pytest.raises(ChildProcessError, match="killed, .* fewer --jobs"):
         list(run_shards(os._exit, [(9,)] * 3, total=3, label="die", jobs=2))
+
+
+def test_the_time_left_is_that_of_the_work_that_is_left(monkeypatch, capsys):
+    """Nine of twelve tasks were done before; the tenth takes 90 seconds, so will the others."""
+    clock = iter([0.0, *[0.5] * 9, 90.5])
+    monkeypatch.setattr(shards.time, "monotonic", lambda: next(clock))
+    progress = shards._Progress("index", 12, "shards")
+    for amount in [0.0] * 9 + [2.0]:
+        progress.add(amount, "GB")
+    assert capsys.readouterr().err == "index: 10/12 shards, 0.02 GB/s, 0:03:01 left\n"

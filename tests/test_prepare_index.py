@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from laclip.dataset import (
     SIXTEEN_BIT,
     open_dataset,
 )
-from laclip.prepare.index import index
+from laclip.prepare.index import index, index_shard
 
 
 def encode(mode="RGB", size=(31, 17), kind="JPEG", **options):
@@ -227,6 +228,10 @@ def test_decode_flags_what_has_a_whole_header_and_broken_pixels(tmp_path):
     assert after.fingerprint != before.fingerprint
     index(tmp_path)  # what was learnt is kept
     assert open_dataset(tmp_path).fingerprint == after.fingerprint
+    for tar in tmp_path.glob("*.tar"):  # also where copies are newer than what was learnt
+        os.utime(tar, (2e9, 2e9))
+    index(tmp_path)
+    assert open_dataset(tmp_path).fingerprint == after.fingerprint
 
 
 GOOD = tar_bytes(pairs("a", "b"))
@@ -276,9 +281,18 @@ def test_a_broken_tar_is_refused_with_name_and_position(case, tmp_path, capsys):
 def test_all_broken_tars_are_named_at_once_and_the_others_stay_indexed(tmp_path):
     for name, data in (("0", GOOD[:700]), ("1", GOOD), ("2", b"")):
         (tmp_path / f"{name}.tar").write_bytes(data)
-    with pytest.raises(ValueError, match=r"(?s)0\.tar: cut short.*2\.tar: the file is empty"):
+    (tmp_path / "3.tar").symlink_to("gone")
+    (tmp_path / "4.tar").write_bytes(GOOD)
+    broken = r"(?s)0\.tar: cut short.*2\.tar: the file is empty.*No such file.*3\.tar"
+    with pytest.raises(ValueError, match=broken):
         index(tmp_path)
-    assert (tmp_path / "1.samples").exists()
+    assert (tmp_path / "1.samples").exists() and (tmp_path / "4.samples").exists()
+
+
+def test_a_tar_whose_name_is_not_utf8_is_refused(tmp_path, capsys):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tar")).write_bytes(GOOD)
+    assert main(["index", str(tmp_path), "--jobs", "1"]) == 2
+    assert r"caf\xe9.tar': a name that is not UTF-8" in capsys.readouterr().err
 
 
 def test_links_devices_and_dots_are_only_names(tmp_path):
@@ -343,6 +357,19 @@ def test_a_changed_tar_is_indexed_again(tmp_path):
     first = indexed(tmp_path, pairs("a", "b")).header["checksum"]
     table = indexed(tmp_path, pairs("a", "c"))
     assert table.keys() == ["a", "c"] and table.header["checksum"] != first
+
+
+def test_tars_that_come_while_it_runs_are_told(tmp_path, monkeypatch):
+    (tmp_path / "0.tar").write_bytes(GOOD)
+
+    def scan_while_another_comes(tar, *arguments):
+        (tmp_path / "1.tar").write_bytes(GOOD)
+        return index_shard(tar, *arguments)
+
+    monkeypatch.setattr("laclip.prepare.index.index_shard", scan_while_another_comes)
+    told = f"1 more tars came meanwhile. Run: laclip index {tmp_path}"
+    assert index(tmp_path).endswith(told)
+    assert told not in index(tmp_path)
 
 
 def test_two_processes_give_what_one_gives(tmp_path):

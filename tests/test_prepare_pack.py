@@ -98,9 +98,11 @@ def test_good_rows_are_packed_and_the_others_counted(name, header, images, tmp_p
     assert [shard.name for shard in dataset.shards] == ["00000.tar", "00001.tar"]
 
 
-@pytest.mark.parametrize("join", ["row", "path", "caption"])
-def test_a_release_goes_from_files_to_a_training_ready_folder(join, images, tmp_path):
-    original = write_list(tmp_path / "cc3m_original.csv")
+@pytest.mark.parametrize(
+    ("join", "suffix"), [("row", "csv"), ("path", "csv"), ("caption", "csv"), ("row", "parquet")]
+)
+def test_a_release_goes_from_files_to_a_training_ready_folder(join, suffix, images, tmp_path):
+    original = write_list(tmp_path / f"cc3m_original.{suffix}")
     sources = ("chatgpt", "bard", "mscoco", "human")
     arguments = []
     for source in sources:
@@ -125,13 +127,32 @@ def test_a_release_goes_from_files_to_a_training_ready_folder(join, images, tmp_
                 assert captions.tokens(i, variant).tolist() == tokenizer.encode(text)
 
 
+def test_links_in_the_image_folder_are_followed(images, tmp_path):
+    """As caches of downloads have them: a folder of links to files that lie elsewhere."""
+    links = tmp_path / "links"
+    (links / "sub").mkdir(parents=True)
+    for path, _ in ROWS:
+        if (images / path).is_file() and not path.startswith(".."):
+            (links / path).symlink_to(images / path)
+    pairs = write_list(tmp_path / "l.csv")
+    report = pack(tmp_path / "a", pairs, images)
+    assert pack(tmp_path / "b", pairs, links) == report.replace(f"{tmp_path}/a", f"{tmp_path}/b")
+    whole = [(images / path, caption) for path, caption in ROWS]  # absolute, by another name
+    (tmp_path / "again").symlink_to(images)
+    with open(tmp_path / "absolute.csv", "w", newline="") as file:
+        csv.writer(file).writerows(whole)
+    assert "4 of 12 rows" in pack(tmp_path / "c", tmp_path / "absolute.csv", tmp_path / "again")
+
+
 def test_packing_again_keeps_what_is_whole_and_mends_what_is_not(images, tmp_path):
     out = tmp_path / "out"
     pairs = write_list(tmp_path / "l.csv")
     report = pack(out, pairs, images, rows=4)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     times = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
-    assert pack(out, pairs, images, rows=4) == report
+    again = pack(out, pairs, images, rows=4).splitlines()
+    assert "  3 of 3 shards are an earlier run's: what they skip was not looked for" in again[-2]
+    assert [*again[:-2], again[-1]] == report.splitlines()
     assert times == {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
     (out / "00000.tar").write_bytes(before["00000.tar"][:600])
     (out / "00001.packed").unlink()
@@ -175,6 +196,7 @@ def test_another_list_or_a_folder_of_others_is_refused(images, tmp_path, capsys)
         (b"only-a-path.jpg\n", "line 1: 1 cells"),
         ("a.jpg,caf\xe9\n".encode("latin1"), "line 1, byte 9: not UTF-8"),
         (b'a.jpg,"never closed\n', "line"),
+        (b"9.jpg,a dog, on a lawn\n9.jpg,a cat\n", "line 2: 2 cells, its first row has 3"),
     ],
 )
 def test_a_broken_list_is_refused(content, message, images, tmp_path):
@@ -183,6 +205,13 @@ def test_a_broken_list_is_refused(content, message, images, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         pack(tmp_path / "out", path, images)
     assert "bad.csv" in str(error.value)
+
+
+def test_a_list_whose_captions_are_bytes_is_refused(images, tmp_path):
+    path = tmp_path / "l.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"path": ["9.jpg"], "caption": [b"a dog"]}), path)
+    with pytest.raises(ValueError, match="column 'caption' holds binary, expected strings"):
+        pack(tmp_path / "out", path, images)
 
 
 def test_a_list_without_a_single_image_is_refused_and_leaves_nothing(images, tmp_path):

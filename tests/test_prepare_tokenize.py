@@ -80,7 +80,7 @@ def encoded(expected):
 
 
 def write_keyed(path):
-    rows = [*REWRITES.items(), ("nobody", "a text for no sample")]
+    rows = [*REWRITES.items(), ("nobody", "a text for no sample"), ("null", None)]
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps({"key": k, "text": t}) + "\n" for k, t in rows))
     elif path.suffix == ".csv":
@@ -98,14 +98,33 @@ def test_rewrites_join_by_key(suffix, folder, tmp_path):
     assert texts(folder, "llm") == encoded(REWRITES)
     assert texts(folder, "original") == encoded({k: c for k, (c, _, _) in SAMPLES.items()})
     (line,) = [line for line in report.splitlines() if line.split()[0] == "llm"]
-    assert line.split()[5] == "1"
+    assert line.split()[5] == ("2" if suffix == "csv" else "1")  # a CSV has no null
     assert "llm: no sample for the rewrite of 'nobody'" in report
 
 
+def test_a_second_text_of_a_key_is_counted_apart(folder, tmp_path):
+    path = tmp_path / "r.jsonl"
+    twice = [("k0", "the first"), ("x", "of nobody"), ("k0", "the second"), ("x", "nor this")]
+    path.write_text("".join(json.dumps({"key": k, "text": t}) + "\n" for k, t in twice))
+    report = tokenize(folder, {"llm": path}).splitlines()
+    assert texts(folder, "llm")["k0"] == TOKENIZER.encode("the first")
+    assert report[3].split()[5] == "1"
+    assert report[5:] == [
+        "  llm: no sample for the rewrite of 'x'",
+        "  llm: 2 texts not used, as their key has an earlier one (first: 'k0')",
+    ]
+
+
+def test_samples_of_one_key_in_two_shards_are_told_to_share_a_text(folder, tmp_path):
+    (folder / "2.tar").write_bytes((folder / "1.tar").read_bytes())
+    index(folder)
+    report = tokenize(folder, {"llm": write_keyed(tmp_path / "r.jsonl")})
+    assert "  llm: 2 samples have the text of another, as they have its key" in report.splitlines()
+
+
 def test_rewrites_come_from_a_json_field(folder):
-    tokenize(folder, {"blip": "json:blip", "none": "json:nothing"})
+    tokenize(folder, {"blip": "json:blip"})
     assert texts(folder, "blip") == encoded({key: f"blip {key} text" for key in SAMPLES})
-    assert set(texts(folder, "none").values()) == {None}
 
 
 def release(tmp_path, header=True, rows=7):
@@ -132,6 +151,26 @@ def test_release_texts_join_by_row_path_or_caption(join, header, folder, tmp_pat
     if join == "caption":  # two rows have this caption: the first one's rewrite serves both
         expected["k5"] = expected["k0"]
     assert texts(folder, "llama") == encoded(expected)
+
+
+@pytest.mark.parametrize("join", ["row", "path"])
+def test_a_list_whose_captions_are_not_those_of_the_tars_is_refused(join, folder, tmp_path):
+    original, text = release(tmp_path, header=False)
+    *first, last = list(csv.reader(original.open(newline="")))
+    shifted = [(row[0], caption) for row, (_, caption) in zip([*first, last], [last, *first])]
+    with open(original, "w", newline="") as file:
+        csv.writer(file).writerows(shifted)
+    with pytest.raises(ValueError, match=r"not the list of .*: 2 of the 2 captions compared") as e:
+        tokenize(folder, {"llama": text}, original_csv=original, join=join)
+    assert "row 0 is 'dead, \"row\" 6', its sample 'a red dog'" in str(e.value)
+    assert open_dataset(folder).variants == ()
+
+
+def test_captions_are_compared_but_for_white_space(folder, tmp_path):
+    original, text = release(tmp_path)
+    original.write_text(original.read_text().replace("a red dog", " a red  dog"))
+    tokenize(folder, {"llama": text}, original_csv=original, join="caption")
+    assert texts(folder, "llama")["k0"] == TOKENIZER.encode("rewrite of row 0")
 
 
 @pytest.mark.parametrize("rows", [6, 8])
@@ -190,6 +229,8 @@ def test_short_missing_long_and_broken_captions_are_kept_and_counted(tmp_path):
         "huge": b"cat " * 25_000,
         "latin": "caf\xe9 noir".encode("latin1"),
         "none": None,
+        "latin end": "un caf\xe9".encode("latin1"),
+        "cut inside a character": f"x{'é' * 40_000}".encode(),
     }
     with tarfile.open(folder / "0.tar", "w") as tar:
         for key, caption in captions.items():
@@ -200,7 +241,7 @@ def test_short_missing_long_and_broken_captions_are_kept_and_counted(tmp_path):
                     tar.addfile(member, io.BytesIO(data))
     index(folder)
     report = tokenize(folder)
-    assert report.splitlines()[2].split()[:5] == ["original", "2", "1", "2", "1"]
+    assert report.splitlines()[2].split()[:5] == ["original", "2", "2", "3", "2"]
     table = open_dataset(folder).captions(0)
     lengths = [len(table.tokens(i, 0)) for i in range(6)]
     assert lengths[1] == lengths[5] == 0 and lengths[2] == 100 and lengths[3] == MAX_TOKENS
@@ -215,6 +256,12 @@ def bad_file(tmp_path, name, content):
     return path
 
 
+def parquet(texts, key="k0"):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"key": [key], "text": texts}), file)
+    return file.getvalue()
+
+
 BAD_FILES = {
     "no json": ("r.jsonl", b'{"key": "k0", "text": "x y"}\n{oops\n', r"r\.jsonl: line 2"),
     "no text": ("r.jsonl", b'{"key": "k0"}\n', "line 1"),
@@ -222,9 +269,13 @@ BAD_FILES = {
     "latin-1": ("r.jsonl", '\n{"key": "é"}'.encode("latin1"), "line 2, byte 10: not UTF-8"),
     "empty": ("r.jsonl", b"", "no rewrites in it"),
     "columns": ("r.csv", b"id,words\n1,a b\n", r"columns \['id', 'words'\], expected key and text"),
+    "long row": ("r.csv", b"key,text\nk0,a b\nk2,a dog, running\n", "line 3: 3 cells.* quotes"),
     "short row": ("r.csv", b"key,text\nk0,a b\nk2\n", "line 3: 1 cells"),
     "open quote": ("r.csv", b'key,text\nk0,"a b\n', r"r\.csv: line"),
     "latin-1 csv": ("r.csv", "key,text\nk0,é".encode("latin1"), "iconv -f latin1"),
+    "bytes": ("r.parquet", parquet([b"a dog"]), "column 'text' holds binary, expected strings"),
+    "lists": ("r.parquet", parquet([["a dog", "a cat"]]), "column 'text' holds list"),
+    "numbers": ("r.parquet", parquet(["a dog"], 12), "column 'key' holds int64, expected strings"),
     "no parquet": ("r.parquet", b"PAR1 nothing", "not Parquet"),
     "no original": ("r.txt", b"a line\n", "--original-csv"),
 }
@@ -247,6 +298,8 @@ def test_a_broken_file_of_rewrites_is_refused_and_changes_nothing(case, folder, 
     [
         (["--rewrites", "a"], "expected NAME=FILE"),
         (["--rewrites", "a=missing.jsonl"], "no such file"),
+        (["--rewrites", "a=json:blip", "--rewrites", "a=r.jsonl"], "a is json:blip already"),
+        (["--rewrites", "a=json:bilp"], "no KEY.json of"),
         (["--rewrites", "original=x.jsonl"], "original is the name of KEY.txt"),
         (["--drop", "b"], "the dataset has"),
         (["--tokenizer", "bert"], "bert"),
@@ -257,17 +310,22 @@ def test_bad_arguments_are_refused(arguments, message, folder, capsys):
     assert message in capsys.readouterr().err
 
 
+def stop_halfway(folder, rewrites):
+    """Leave a run of laclip tokenize that has done one shard of two."""
+    aside = (folder / "1.tar").rename(folder / "aside")
+    with pytest.raises(FileNotFoundError, match=r"1\.tar"):
+        tokenize(folder, rewrites)
+    aside.rename(folder / "1.tar")
+    assert (folder / JOURNAL).exists()
+
+
 def test_a_run_that_stopped_halfway_goes_on(folder, tmp_path):
     tokenize(folder, {"b": "json:blip"})
     whole = tmp_path / "whole"
     make(whole)
     path = write_keyed(tmp_path / "r.jsonl")
     tokenize(whole, {"b": "json:blip", "a": path})
-    (folder / "1.tar").rename(tmp_path / "aside.tar")
-    with pytest.raises(FileNotFoundError, match=r"1\.tar"):
-        tokenize(folder, {"a": path})
-    (tmp_path / "aside.tar").rename(folder / "1.tar")
-    assert (folder / JOURNAL).exists()
+    stop_halfway(folder, {"a": path})
     # Other arguments cannot use the half that is done, and say so.
     with pytest.raises(ValueError, match="another run of laclip tokenize stopped halfway"):
         tokenize(folder, {"c": path})
@@ -275,6 +333,32 @@ def test_a_run_that_stopped_halfway_goes_on(folder, tmp_path):
     assert not (folder / JOURNAL).exists()
     for file in whole.iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_what_is_done_is_not_read_again(folder, tmp_path):
+    """A run goes on without the tars of the shards that it has done, and reports as a whole one."""
+    whole = make(tmp_path / "whole")
+    rewrites = {"a": write_keyed(tmp_path / "r.jsonl"), "b": "json:blip"}
+    report = tokenize(whole, rewrites)
+    stop_halfway(folder, rewrites)
+    (folder / "0.tar").write_bytes(bytes((folder / "0.tar").stat().st_size))
+    assert tokenize(folder, rewrites).replace(str(folder), str(whole)) == report
+
+
+def test_what_is_done_of_a_shard_that_was_replaced_is_done_again(folder, monkeypatch):
+    stop_halfway(folder, {})
+    monkeypatch.setitem(SAMPLES, "k0", ("a green dog", *SAMPLES["k0"][1:]))
+    make(folder)  # and index: other samples than those of the half that is done
+    tokenize(folder)
+    assert texts(folder, "original")["k0"] == TOKENIZER.encode("a green dog")
+    assert verify(folder) == []
+
+
+def test_a_tar_that_was_replaced_since_it_was_indexed_is_refused(folder):
+    tar = folder / "1.tar"
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    with pytest.raises(ValueError, match=r"1\.tar: \d+ bytes, \d+ when it was indexed. Run: lac"):
+        tokenize(folder)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
@@ -349,22 +433,23 @@ def test_an_index_that_loses_the_captions_names_the_variants_to_give_again(folde
     assert index(folder).endswith("bad")
     again = index(folder, decode=True).splitlines()[-1]
     assert again.endswith(f"Run: laclip tokenize {folder} --rewrites llm=FILE --rewrites blip=FILE")
+    (folder / "dataset.json").write_text("{")  # which alone has the names
+    assert f"Run: laclip tokenize {folder}, with --rewrites NAME=FILE" in index(folder)
 
 
-def test_a_field_is_found_in_json_of_any_length(tmp_path):
-    extra = {"exif": "x" * 100_000, "blip": "two dogs running"}  # img2dataset keeps EXIF data there
+def test_a_field_is_found_in_json_of_any_length_and_missing_in_a_broken_one(tmp_path):
+    long = {"exif": "x" * 100_000, "blip": "two dogs running"}  # img2dataset keeps EXIF data there
+    jsons = {"a": json.dumps(long).encode(), "cut": b'{"blip": "two', "list": b"[1]", "none": b""}
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name, data in (
-            ("a.jpg", IMAGE.getvalue()),
-            ("a.txt", b"a dog"),
-            ("a.json", json.dumps(extra).encode()),
-        ):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+        for key, extra in jsons.items():
+            for extension, data in (("jpg", IMAGE.getvalue()), ("txt", b"a dog"), ("json", extra)):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
     index(tmp_path)
     tokenize(tmp_path, {"blip": "json:blip"})
-    assert texts(tmp_path, "blip")["a"] == TOKENIZER.encode("two dogs running")
+    expected = {"a": "two dogs running", "cut": None, "list": None, "none": None}
+    assert texts(tmp_path, "blip") == encoded(expected)
 
 
 @pytest.mark.parametrize("given", ["keys", "paths"])

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from laclip.cli import main
 from laclip.dataset import open_dataset
 from laclip.prepare.inspect import pick, summary
+from laclip.prepare.tokenize import tokenize
 from laclip.prepare.verify import verify
 
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
@@ -41,10 +43,33 @@ def test_any_flipped_bit_is_found(name, folder):
         path.write_bytes(flipped)
         try:
             problems = verify(folder)
-        except ValueError as error:  # dataset.json is refused as a whole
+        except ValueError as error:
+            assert name == "dataset.json"  # which is refused as a whole
             problems = [str(error)]
         assert problems, f"byte {at} of {name}"
         assert any(str(folder) in problem for problem in problems)
+
+
+def test_a_flipped_bit_of_a_key_is_told_by_all_that_read_it(folder, capsys):
+    path = folder / "00000.samples"
+    whole = bytearray(path.read_bytes())
+    for bit in (1, 128):  # another key, and one that is no text
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ bit]))
+        for command in ("verify", "tokenize"):
+            assert main([command, str(folder), "--jobs", "1"]) != 0
+            told = "".join(capsys.readouterr())
+            assert f"{path}: its bytes do not give its checksum. Run: laclip index --force" in told
+    assert main(["index", str(folder), "--jobs", "1"]) == 0  # which sees it, too
+    assert verify(folder) == []
+
+
+def test_what_is_told_of_a_broken_dataset_json_mends_it(folder, capsys):
+    file = folder / "dataset.json"
+    file.write_text(file.read_text().replace("captions_checksum", "captions_chucksum", 1))
+    assert main(["verify", str(folder), "--jobs", "1"]) == 2
+    assert f"Run: laclip index {folder}" in capsys.readouterr().err
+    assert main(["index", str(folder), "--jobs", "1"]) == 0
+    assert verify(folder) == []
 
 
 @pytest.mark.parametrize("name", ["00000.samples", "00000.captions", "00000.tar"])
@@ -63,7 +88,10 @@ def test_missing_and_cut_files_are_found(name, cut, folder, capsys):
 
 def test_files_of_no_shard_are_found(folder):
     (folder / "00007.captions").write_bytes(b"")
-    assert "00007.captions: no shard of dataset.json" in verify(folder)[0]
+    (folder / "00008.tar").write_bytes(b"")
+    gone, new = verify(folder)
+    assert "00007.captions: no shard of dataset.json. Its tar is gone: remove it" in gone
+    assert f"00008.tar: no shard of dataset.json. Run: laclip index {folder}" in new
 
 
 def test_a_swapped_sidecar_is_found(folder):
@@ -81,6 +109,18 @@ def test_the_summary_counts_what_is_there():
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert sum(map(int, rows["original"][2:])) == 3070
     assert int(rows["name"][0]) + sum(map(int, rows["name"][2:])) == 3070
+
+
+def test_the_summary_needs_no_tokenizer(folder, tmp_path, capsys):
+    model = tmp_path / "pieces"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a small dog in the red house", "the blue cat"] * 9),
+        model_prefix=str(model), vocab_size=20, minloglevel=2,
+    )  # fmt: skip
+    others = open_dataset(folder).variants[1:]
+    tokenize(folder, drop=others, tokenizer=f"sentencepiece:{model}.model")
+    assert main(["inspect", str(folder)]) == 0
+    assert "tokenizer    sentencepiece:" in capsys.readouterr().out
 
 
 def test_one_sample_is_shown_with_all_its_variants(capsys):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from laclip.dataset import (
     CaptionsTable,
     SamplesTable,
 )
-from laclip.prepare.folder import file_checksum, seal, write_whole
+from laclip.prepare.folder import is_whole, seal, write_whole
+from laclip.prepare.sources import squeeze
 from laclip.prepare.store import TextStore
 from laclip.tokenizer import load_tokenizer
 
@@ -48,7 +50,6 @@ class VariantCount:
     missing: int = 0
     short: int = 0
     over_context: int = 0
-    cut: int = 0
     not_utf8: int = 0
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(len(BINS), np.int64))
 
@@ -67,61 +68,78 @@ def _store(place: str) -> TextStore:
     return TextStore(Path(place))
 
 
-def tokenize_shard(folder: Path, shard, sources, tokenizer: str, plan: str, done: str | None):
-    """Write the .captions file of one shard.
+def tokenize_shard(
+    folder: Path, shard, sources, tokenizer: str, plan: str, done: tuple[str, int] | None
+):
+    """Write the .captions file of one shard, unless it is the one that `done` tells of.
 
-    Returns the file's checksum; for every variant, its counts and the numbers of the texts that
-    were used; and how many captions were written.
+    done: a checksum, and how many originals were not UTF-8. Returns the file's checksum; for every
+    variant, its counts and the numbers of the texts that were used; and how many captions were
+    written.
     """
     samples = SamplesTable(folder / f"{shard.stem}.samples")
     if f"{int(samples.header['checksum']):016x}" != shard.samples_checksum:
         raise ValueError(f"{samples.path}: not as dataset.json says. Run: laclip index {folder}")
+    if not is_whole(samples):  # another key would take another sample's rewrites
+        raise ValueError(
+            f"{samples.path}: its bytes do not give its checksum. "
+            f"Run: laclip index --force {folder}"
+        )
+    size = (folder / shard.name).stat().st_size
+    if size != samples.header["shard_bytes"]:
+        raise ValueError(
+            f"{folder / shard.name}: {size} bytes, {samples.header['shard_bytes']} when it was "
+            f"indexed. Run: laclip index {folder}"
+        )
     path = folder / f"{shard.stem}.captions"
-    texts_of = _ShardTexts(folder / shard.name, samples)
+    checksum, broken = done if done and _is_done(path, done[0], shard) else (None, 0)
+    texts_of = ShardTexts(folder / shard.name, samples)
     tokens_of: list[Any] = []
-    counts, found = [], []
+    counts, found = [VariantCount() for _ in sources], []
     old = None
-    for source in sources:
-        count = VariantCount()
+    for source, count in zip(sources, counts, strict=True):
+        texts: list[str | None] = []
         numbers = np.zeros(0, np.int64)
-        if source.kind == "keep":
-            if done is None or old is not None or not _has_checksum(path, done):
-                old = old or _old_captions(path, shard)
-                tokens_of.append(_kept(old, source.old))
-            else:
-                tokens_of.append(None)
-        else:
-            if source.kind == "store":
-                texts, numbers = _store(source.place).find(texts_of.identities(source.identity))
-            else:
-                texts, count.not_utf8 = texts_of.read(source.kind, source.place)
-            tokens_of.append(_encode(texts, tokenizer, count))
-        counts.append(count)
+        if source.kind == "store":
+            texts, numbers = _store(source.place).find(texts_of.identities(source.identity))
         found.append(numbers)
-    if done is None or not _has_checksum(path, done):
-        done = _write(path, samples, tokens_of, _tokenizer(tokenizer), plan, shard.name)
+        if checksum is not None:
+            continue
+        if source.kind == "keep":
+            old = old or _old_captions(path, shard)
+            tokens_of.append(_kept(old, source.old))
+            continue
+        if source.kind != "store":
+            texts, count.not_utf8 = texts_of.read(source.kind, source.place)
+            broken += count.not_utf8
+        tokens_of.append(_encode(texts, tokenizer))
+    written = 0
+    if checksum is None:
+        checksum = _write(path, samples, tokens_of, _tokenizer(tokenizer), plan, shard.name, broken)
+        written = len(samples) * len(sources)
+    counts[0].not_utf8 = broken  # KEY.txt alone may be so
     table = CaptionsTable(path)
     for variant, count in enumerate(counts):
         _count(table, variant, count)
-    return done, counts, found, len(samples) * len(sources)
+    return checksum, counts, found, written
 
 
 def has_texts(folder: Path, shard, source: Source) -> bool:
-    """Whether a store has a text for any sample of a shard."""
-    texts_of = _ShardTexts(folder / shard.name, SamplesTable(folder / f"{shard.stem}.samples"))
+    """Whether a store, or a field of KEY.json, has a text for any sample of a shard."""
+    texts_of = open_texts(folder, shard)
+    if source.kind == "json":
+        return any(texts_of.read("json", source.place)[0])
     return len(_store(source.place).find(texts_of.identities(source.identity))[1]) > 0
 
 
-def _has_checksum(path: Path, checksum: str) -> bool:
+def _is_done(path: Path, checksum: str, shard) -> bool:
+    """Whether a .captions file has this checksum, whole, and is made of a shard's samples."""
     try:
         table = CaptionsTable(path)
     except (FileNotFoundError, ValueError):
         return False
-    return f"{int(table.header['checksum']):016x}" == checksum and _is_whole(table)
-
-
-def _is_whole(table: CaptionsTable) -> bool:
-    return file_checksum(np.memmap(table.path, np.uint8, "r"), 128) == table.header["checksum"]
+    found = [f"{int(table.header[name]):016x}" for name in ("checksum", "samples_checksum")]
+    return found == [checksum, shard.samples_checksum] and is_whole(table)
 
 
 def _old_captions(path: Path, shard) -> CaptionsTable:
@@ -132,7 +150,7 @@ def _old_captions(path: Path, shard) -> CaptionsTable:
         table = CaptionsTable(path)
     except (FileNotFoundError, ValueError):
         table = None
-    if table is None or not _is_whole(table):
+    if table is None or not is_whole(table):
         what = "is damaged" if path.exists() else "is missing"
         raise ValueError(
             f"{path} {what}: no variant can be kept from it. {again}, or put the file back"
@@ -155,7 +173,7 @@ def _kept(old: CaptionsTable, variant: int):
     return lengths, old.all_tokens[places], old.entries[:-1][chosen] & ~np.uint32(POSITION_MASK)
 
 
-def _encode(texts: list[str | None], tokenizer: str, count: VariantCount):
+def _encode(texts: list[str | None], tokenizer: str):
     """(lengths, tokens, flags) of texts; None and blank ones are missing and empty."""
     flags = np.zeros(len(texts), np.uint32)
     cleaned = []
@@ -168,11 +186,12 @@ def _encode(texts: list[str | None], tokenizer: str, count: VariantCount):
         cleaned.append(text[:MAX_BYTES] if words and text else "")
     tokens, offsets = _tokenizer(tokenizer).encode_ragged(cleaned, max_tokens=MAX_TOKENS)
     lengths = np.diff(offsets).astype(np.int64)
-    count.cut = int(np.count_nonzero(lengths == MAX_TOKENS))
     return lengths, tokens, flags
 
 
-def _write(path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, name: str) -> str:
+def _write(
+    path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, name: str, broken: int
+) -> str:
     variants = len(tokens_of)
     lengths = np.column_stack([lengths for lengths, _, _ in tokens_of])  # [count, variants]
     flags = np.column_stack([flags for _, _, flags in tokens_of])
@@ -200,8 +219,9 @@ def _write(path: Path, samples: SamplesTable, tokens_of, tokenizer, plan: str, n
     sealed = seal(header, [entries.tobytes(), tokens.tobytes()])
     # Before the rename: then a run that dies between the two finds either file and knows it.
     checksum = f"{int(header['checksum']):016x}"
+    line = f"\n{plan}\t{name}\t{checksum}\t{broken}\t.\n"  # \n: the last line may be torn
     with open(path.parent / JOURNAL, "ab") as journal:
-        journal.write(f"\n{plan}\t{name}\t{checksum}\t.\n".encode())  # \n: the last may be torn
+        journal.write(line.encode())
         journal.flush()
         os.fsync(journal.fileno())
     write_whole(path, sealed)
@@ -226,7 +246,7 @@ def read_lengths(table: CaptionsTable, variant: int) -> np.ndarray:
     return np.bincount(bins, minlength=len(BINS)).astype(np.int64)
 
 
-class _ShardTexts:
+class ShardTexts:
     """The texts that lie in a tar, by the samples' order; each kind is read once."""
 
     def __init__(self, tar: Path, samples: SamplesTable):
@@ -257,7 +277,8 @@ class _ShardTexts:
                 continue
             text = data.decode(errors="replace")
             # A caption of MAX_BYTES was cut there, perhaps inside a character.
-            broken += "�" in text[:-1] and "�".encode() not in data
+            seen = text[:-1] if len(data) == MAX_BYTES else text
+            broken += "�" in seen and "�".encode() not in data
             texts.append(text)
         return texts, broken
 
@@ -266,11 +287,8 @@ class _ShardTexts:
         values: list[str | None] = []
         for key in self.keys:
             value = None
-            if key in members:
-                try:
-                    value = json.loads(members[key]).get(name)
-                except (ValueError, AttributeError):
-                    raise ValueError(f"{self.tar}: {key}.json is not a JSON object") from None
+            with suppress(ValueError, AttributeError):  # what is no JSON object has no fields
+                value = json.loads(members.get(key, b"{}")).get(name)
             values.append(value if isinstance(value, str) else None)
         return values
 
@@ -282,4 +300,9 @@ class _ShardTexts:
             return [str(row) if row != 0xFFFFFFFF else None for row in rows]
         if kind == "path":
             return self._field("laclip_path")
-        return self.read("txt", "")[0]
+        return [squeeze(text) or None if text else None for text in self.read("txt", "")[0]]
+
+
+def open_texts(folder: Path, shard) -> ShardTexts:
+    """The texts of a shard of dataset.json."""
+    return ShardTexts(folder / shard.name, SamplesTable(folder / f"{shard.stem}.samples"))

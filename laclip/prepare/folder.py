@@ -13,7 +13,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from laclip import _native
-from laclip.dataset import BAD, FORMAT, VERSION, CaptionsTable, SamplesTable, checksum_hex
+from laclip.dataset import (
+    BAD,
+    FORMAT,
+    VERSION,
+    CaptionsTable,
+    SamplesTable,
+    checksum_hex,
+    open_dataset,
+)
 
 _HOST = re.sub("[^A-Za-z0-9]", "_", os.uname().nodename)
 
@@ -65,11 +73,11 @@ def seal(header: np.ndarray, parts: Iterable[bytes | np.ndarray]) -> list[np.nda
     return [whole]
 
 
-def file_checksum(data: np.ndarray, header_bytes: int) -> int:
-    """What `checksum` in a mapped sidecar should be; the field ends its header."""
-    copy = np.array(data)
-    copy[header_bytes - 8 : header_bytes] = 0
-    return _native.xxh64(copy)
+def is_whole(table: SamplesTable | CaptionsTable) -> bool:
+    """Whether the bytes of a sidecar give its `checksum`, the last field of its header."""
+    data = np.fromfile(table.path, np.uint8)
+    data[table.header.itemsize - 8 : table.header.itemsize] = 0
+    return _native.xxh64(data) == table.header["checksum"]
 
 
 def tar_paths(folder: Path) -> list[Path]:
@@ -79,6 +87,9 @@ def tar_paths(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.iterdir() if path.name.endswith(".tar"))
     if not paths:
         raise FileNotFoundError(f"{folder}: no file *.tar in it; expected webdataset shards")
+    for name in map(os.fsencode, paths):
+        if name.decode(errors="ignore").encode() != name:
+            raise ValueError(f"{name!r}: a name that is not UTF-8. Rename it")
     return paths
 
 
@@ -94,12 +105,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict:
-    """dataset.json as it is, or an empty one."""
+    """dataset.json as it is, or an empty one where no dataset can be opened by it."""
     try:
-        manifest = json.loads((folder / "dataset.json").read_bytes())
+        open_dataset(folder)
+        return json.loads((folder / "dataset.json").read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def samples_summary(path: Path) -> dict:

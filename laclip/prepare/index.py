@@ -14,6 +14,7 @@ import laclip
 from laclip import _native
 from laclip.dataset import BAD, DECODED, REASONS, SAMPLE_RECORD, SAMPLES_HEADER, SamplesTable
 from laclip.prepare.folder import (
+    is_whole,
     read_manifest,
     remove_leftovers,
     samples_summary,
@@ -82,9 +83,16 @@ def index(
     shards = [result["shard"] for result in found]
     kept = write_manifest(folder, shards, captions, variants, tokenizer, libraries)
     text = _report(folder, found)
+    if later := len(set(tar_paths(folder)) - set(paths)):
+        text += f"\n{later} more tars came meanwhile. Run: laclip index {folder}"
     if variants and not kept:
         named = "".join(f" --rewrites {name}=FILE" for name in variants[1:])
         text += f"\nits captions are not of these samples. Run: laclip tokenize {folder}{named}"
+    elif not manifest and any(folder.glob("*.captions")):
+        text += (
+            "\nthere was no dataset.json to tell what its captions are. "
+            f"Run: laclip tokenize {folder}, with --rewrites NAME=FILE for each variant"
+        )
     return text
 
 
@@ -96,20 +104,41 @@ def _index_or_tell(tar: Path, decode: bool, force: bool) -> dict:
     """index_shard, with what is wrong with a tar as a result: all broken ones are told at once."""
     try:
         return index_shard(tar, decode, force)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename != str(tar):
+            raise  # of its sidecar: a full disk
         return {"error": str(error), "bytes": 0}
 
 
 def index_shard(tar: Path, decode: bool = False, force: bool = False) -> dict:
     """Write the .samples file of one tar. Returns its summary and what was read and left out."""
     path = samples_path(tar)
-    if not force and _up_to_date(tar, path, decode):
+    old = None if force else _old_table(path, decode)
+    status = tar.stat()
+    if (
+        old is not None
+        and old.header["shard_bytes"] == status.st_size
+        and path.stat().st_mtime_ns >= status.st_mtime_ns
+    ):
         return {**samples_summary(path), "bytes": 0, "other_members": 0}
     scan = _native.scan_tar(str(tar))
+    if old is not None and old.header["shard_checksum"] == scan["shard_checksum"]:
+        parts = [np.fromfile(path, np.uint8)]  # a copy of the tar: what --decode found of it stays
+    else:
+        parts = _samples_file(tar, scan, decode)
+    write_whole(path, parts)
+    return {
+        **samples_summary(path),
+        "bytes": scan["shard_bytes"],
+        "other_members": scan["other_members"],
+    }
+
+
+def _samples_file(tar: Path, scan: dict, decode: bool) -> list[np.ndarray]:
     if scan["count"] == 0:
         raise ValueError(
-            f"{tar}: holds no samples, expected members such as KEY.jpg and KEY.txt. "
-            "Remove it or make it again"
+            f"{tar}: holds no samples, expected members such as KEY.jpg and KEY.txt, where KEY has "
+            "no dot. Remove it or make it again"
         )
     records = np.frombuffer(scan["records"], SAMPLE_RECORD).copy()
     if decode:
@@ -126,25 +155,18 @@ def index_shard(tar: Path, decode: bool = False, force: bool = False) -> dict:
     header["count"], header["keys_bytes"] = scan["count"], len(scan["keys"])
     header["shard_bytes"], header["shard_checksum"] = scan["shard_bytes"], scan["shard_checksum"]
     header["rules"] = RULES
-    write_whole(path, seal(header, [records.tobytes(), scan["key_end"], scan["keys"]]))
-    return {
-        **samples_summary(path),
-        "bytes": scan["shard_bytes"],
-        "other_members": scan["other_members"],
-    }
+    return seal(header, [records.tobytes(), scan["key_end"], scan["keys"]])
 
 
-def _up_to_date(tar: Path, path: Path, decode: bool) -> bool:
+def _old_table(path: Path, decode: bool) -> SamplesTable | None:
+    """An earlier run's .samples file, if it is whole and says all that is asked for."""
     try:
         table = SamplesTable(path)
-        status = tar.stat()
-        newer = path.stat().st_mtime_ns >= status.st_mtime_ns
     except (FileNotFoundError, ValueError):
-        return False
+        return None
     good = table.records["flags"] & BAD == 0
     decoded = not decode or bool(np.all(table.records["flags"][good] & DECODED))
-    same = table.header["shard_bytes"] == status.st_size and table.header["rules"] == RULES
-    return bool(newer and same and decoded)
+    return table if decoded and table.header["rules"] == RULES and is_whole(table) else None
 
 
 def _repeated_keys(folder: Path, shards: list[dict]) -> str:

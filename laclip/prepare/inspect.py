@@ -47,11 +47,10 @@ def run(args: argparse.Namespace) -> int:
         for line in bad_samples(dataset):
             print(line)
         return 0
-    viewer = Viewer(dataset, args.tokenizer)
     if args.sample is not None:
-        print(viewer.describe(*find_key(dataset, args.sample)))
+        print(Viewer(dataset, args.tokenizer).describe(*find_key(dataset, args.sample)))
     elif args.html is not None:
-        page = viewer.page(pick(dataset, args.count, args.seed))
+        page = Viewer(dataset, args.tokenizer).page(pick(dataset, args.count, args.seed))
         write_whole(args.html, [page.encode()])
         print(f"{args.html}: {min(args.count, dataset.num_samples)} samples, {len(page):,} bytes")
     else:
@@ -211,7 +210,8 @@ class Viewer:
             f"{samples.key(index)}: sample {index} of {name}",
             f"  image at byte {record['offset']}: {self.facts(shard, index)}",
         ]
-        texts = dict(_native.read_tar_texts(str(self.dataset.tar_path(shard)), "txt", MAX_BYTES))
+        found = _native.read_tar_texts(str(self.dataset.tar_path(shard)), "txt", MAX_BYTES)
+        texts = dict(reversed(found))  # the first of a key, as laclip tokenize takes it
         if samples.key(index) in texts:
             lines.append(f"  KEY.txt: {texts[samples.key(index)].decode(errors='replace')!r}")
         for variant, text, note in self.captions(shard, index):

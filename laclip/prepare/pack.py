@@ -9,6 +9,7 @@ that come line by line with the list still find it.
 import argparse
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from itertools import islice
@@ -69,7 +70,7 @@ def pack(
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder of images")
     count, checksum = 0, 0
-    for path, caption in _read(pairs):
+    for path, caption in read_pairs(pairs):
         count += 1
         line = np.frombuffer(f"{checksum:x}\0{path}\0{caption}".encode(), np.uint8)
         checksum = _native.xxh64(line)
@@ -89,7 +90,7 @@ def pack(
             label="pack",
             jobs=jobs,
             ray=ray,
-            weigh=lambda result: (result["packed"], "images"),
+            weigh=lambda result: (0 if result["kept"] else result["packed"], "images"),
         )
     )
     packed = sum(result["packed"] for result in results)
@@ -109,8 +110,13 @@ def pack(
         )
     record = {"source": source, "packed": packed, "skipped": skipped}
     write_whole(out / RECORD, [json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"])
-    head = f"{out}: {packed} of {count} rows packed"
-    return "\n".join([head, *reasons, f"Next: laclip index {out}"])
+    lines = [f"{out}: {packed} of {count} rows packed", *reasons]
+    if kept := sum(result["kept"] and bool(result["skipped"]) for result in results):
+        lines.append(
+            f"  {kept} of {shards} shards are an earlier run's: what they skip was not looked for "
+            "again. If it has come since, pack into another folder"
+        )
+    return "\n".join([*lines, f"Next: laclip index {out}"])
 
 
 def _check_source(out: Path, source: dict, pairs: Path) -> None:
@@ -129,37 +135,8 @@ def _check_source(out: Path, source: dict, pairs: Path) -> None:
         )
 
 
-def _read(pairs: Path) -> Iterator[tuple[str, str]]:
-    if pairs.suffix != ".parquet":
-        yield from read_pairs(pairs)
-        return
-    import pyarrow
-    import pyarrow.parquet
-
-    if not pairs.is_file():
-        raise FileNotFoundError(f"{pairs}: no such file")
-    try:
-        file = pyarrow.parquet.ParquetFile(pairs)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{pairs}: not Parquet ({error})") from None
-    with file:
-        names = {name.lower(): name for name in file.schema_arrow.names}
-        columns = [
-            next((names[name] for name in wanted if name in names), None)
-            for wanted in (PATH_COLUMNS, CAPTION_COLUMNS)
-        ]
-        if None in columns:
-            raise ValueError(
-                f"{pairs}: columns {list(names)[:8]}, expected one of {PATH_COLUMNS} and one of "
-                f"{CAPTION_COLUMNS}"
-            )
-        for batch in file.iter_batches(columns=columns):
-            both = [batch.column(name).to_pylist() for name in columns]
-            yield from ((str(a or ""), str(b or "")) for a, b in zip(*both, strict=True))
-
-
 def _chunks(pairs: Path, rows: int) -> Iterator[list[tuple[str, str]]]:
-    reader = _read(pairs)
+    reader = read_pairs(pairs)
     while chunk := list(islice(reader, rows)):
         yield chunk
 
@@ -171,7 +148,7 @@ def pack_shard(out: Path, images: Path, number: int, first_row: int, chunk: list
     tar_path = out / f"{number:05}.tar"
     old = _old_result(out / f"{number:05}.packed", tar_path)
     if old is not None:
-        return old
+        return {**old, "kept": True}
     root = images.resolve()
     with (
         whole_file(tar_path) as file,
@@ -198,7 +175,7 @@ def pack_shard(out: Path, images: Path, number: int, first_row: int, chunk: list
     result = {"packed": packed, "skipped": skipped, "bytes": size}
     text = json.dumps({"checksum": checksum_hex(json.dumps(result).encode()), **result})
     write_whole(out / f"{number:05}.packed", [text.encode()])
-    return result
+    return {**result, "kept": False}
 
 
 def _old_result(record: Path, tar: Path) -> dict | None:
@@ -216,8 +193,9 @@ def _old_result(record: Path, tar: Path) -> dict | None:
 def _image(root: Path, path: str) -> tuple[bytes, str, str]:
     """The bytes of an image, the extension of its kind, and why it is skipped or ""."""
     try:
-        place = (root / path).resolve()
-        if not place.is_relative_to(root):
+        # A link in the folder is its owner's, as in a cache of downloads; "../" is the list's.
+        place = Path(os.path.normpath(root / path))
+        if not (place.is_relative_to(root) or place.resolve().is_relative_to(root)):
             return b"", "", "path leaves the image folder"
         if not path or not place.is_file():
             return b"", "", "no such file"

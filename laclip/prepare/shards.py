@@ -43,8 +43,8 @@ def run_shards(
     """(i, function(*task i)) of every task, in parallel, as they end, with a line of progress.
 
     `function` is a module-level function; there are `total` tasks; `weigh(result)` gives what the
-    progress line adds up and its unit. The first exception stops the run: shards already done stay
-    done.
+    progress line adds up and its unit, 0 for a task that an earlier run had done. The first
+    exception stops the run: shards already done stay done.
     """
     progress = _Progress(label, total, unit)
     if ray:
@@ -137,12 +137,13 @@ class _Progress:
 
     def __init__(self, label: str, total: int, tasks: str):
         self.label, self.total, self.tasks = label, total, tasks
-        self.done, self.amount = 0, 0.0
+        self.done, self.worked, self.amount = 0, 0, 0.0
         self.begin = self.shown = time.monotonic()
         self.terminal = sys.stderr.isatty()
 
     def add(self, amount: float, unit: str) -> None:
         self.done += 1
+        self.worked += amount > 0
         self.amount += amount
         now = time.monotonic()
         due = now - self.shown >= (0.2 if self.terminal else 60)
@@ -150,7 +151,8 @@ class _Progress:
             return
         self.shown = now
         elapsed = max(now - self.begin, 1e-9)
-        left = int(elapsed / self.done * (self.total - self.done))
+        # What was done before took no time and tells nothing of the rest.
+        left = int(elapsed / (self.worked or self.done) * (self.total - self.done))
         rate = self.amount / elapsed
         line = (
             f"{self.label}: {self.done}/{self.total} {self.tasks}, "

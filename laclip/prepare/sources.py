@@ -1,16 +1,21 @@
 """Where texts come from: JSONL, CSV and Parquet by key, and the LaCLIP release's text files.
 
 Every reader yields (identity, text): what a sample is found by, and its rewrite. The identity is
-the key, the row number, the image path or the exact caption.
+the key, the row number, the image path or the caption.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from laclip.text_files import read_csv_rows, read_keyed, read_lines
+from laclip.text_files import check_strings, open_parquet, read_csv_rows, read_keyed, read_lines
 
 PATH_COLUMNS = ("path", "filepath", "image_path", "image", "filename", "url")
 CAPTION_COLUMNS = ("caption", "title", "text")
+
+
+def squeeze(caption: str) -> str:
+    """A caption as captions are compared: files differ in the white space that they keep."""
+    return " ".join(caption.split())
 
 
 def read_rewrites(
@@ -37,11 +42,15 @@ def read_rewrites(
 
 
 def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    """(image path, caption) of every row of a CSV such as the LaCLIP release's *_original.csv.
+    """(image path, caption) of every row of a CSV or Parquet list, as the LaCLIP release's
+    *_original.csv.
 
-    A first row that names a path column and a caption column is a header; without one the first
-    cell is the path and the second the caption.
+    Of a CSV, a first row that names a path column and a caption column is a header; without one
+    the first cell is the path and the second the caption.
     """
+    if path.suffix == ".parquet":
+        yield from _parquet_pairs(path)
+        return
     columns = None
     for line, row in read_csv_rows(path):
         if columns is None:
@@ -49,12 +58,30 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
             if columns is not None:
                 continue
             columns = 0, 1
-        if len(row) <= max(columns):
-            raise ValueError(
-                f"{path}: line {line}: {len(row)} cells, expected an image path and a caption"
-            )
+            if len(row) < 2:
+                raise ValueError(
+                    f"{path}: line {line}: {len(row)} cells, expected an image path and a caption"
+                )
         cell = row[columns[1]].removesuffix("\n")
         yield row[columns[0]], cell
+
+
+def _parquet_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with open_parquet(path) as file:
+        names = file.schema_arrow.names
+        columns = _pair_columns(names)
+        if columns is None:
+            raise ValueError(
+                f"{path}: columns {names[:8]}, expected one of {PATH_COLUMNS} and one of "
+                f"{CAPTION_COLUMNS}"
+            )
+        wanted = [names[i] for i in columns]
+        check_strings(path, file.schema_arrow, wanted)
+        for batch in file.iter_batches(columns=wanted):
+            both = [batch.column(name).to_pylist() for name in wanted]
+            yield from ((str(a or ""), str(b or "")) for a, b in zip(*both, strict=True))
 
 
 def _pair_columns(row: list[str]) -> tuple[int, int] | None:
@@ -68,12 +95,13 @@ def _read_release(path: Path, original_csv: Path, join: str) -> Iterator[tuple[s
     lines = read_lines(path)
     count = 0
     for row, (image, caption) in enumerate(read_pairs(original_csv)):
+        identity = {"row": str(row), "path": image, "caption": squeeze(caption)}[join]
         text = next(lines, None)
         if text is None:
             rows = sum(1 for _ in read_pairs(original_csv))
             raise ValueError(_line_counts(path, count, original_csv, rows))
         count += 1
-        yield {"row": str(row), "path": image, "caption": caption}[join], text
+        yield identity, text
     more = sum(1 for _ in lines)
     if more:
         raise ValueError(_line_counts(path, count + more, original_csv, count))

@@ -54,6 +54,10 @@ class TextStore:
         begin, middle, _ = self._ends[number].tolist()
         return self._bytes[begin:middle].tobytes().decode()
 
+    def repeated(self) -> np.ndarray:
+        """The numbers of the texts whose identity an earlier text has, which is the one found."""
+        return self._order[1:][self.hashes[1:] == self.hashes[:-1]]
+
     def _search(self, raw: bytes, place: int) -> tuple[int, int, int, int]:
         hashed = self.hashes[place]
         while place < len(self) and self.hashes[place] == hashed:
@@ -69,8 +73,8 @@ def build_store(folder: Path, pairs: Iterable[tuple[str, str]]) -> tuple[int, in
     """Write (identity, text) pairs as a store; returns the checksum and how many there are."""
     folder.mkdir()
     checksum, count, at = 0, 0, 0
-    hashes, ends = [], []
-    with open(folder / "bytes", "wb") as file:
+    hashes = [np.zeros(0, np.uint64)]
+    with open(folder / "bytes", "wb") as file, open(folder / "ends", "wb") as ends:
         batch: list[tuple[bytes, bytes]] = []
 
         def flush():
@@ -79,7 +83,7 @@ def build_store(folder: Path, pairs: Iterable[tuple[str, str]]) -> tuple[int, in
             lengths = np.array([(len(a), len(b)) for a, b in batch], np.int64)
             stops = at + np.cumsum(lengths.ravel()).reshape(-1, 2)
             starts = np.concatenate([[at], stops[:-1, 1]])
-            ends.append(np.column_stack([starts, stops]))
+            ends.write(np.column_stack([starts, stops]).data)
             hashes.append(hash_strings([identity for identity, _ in batch]))
             seed = np.frombuffer(
                 checksum.to_bytes(8, "little") + lengths.tobytes() + blob, np.uint8
@@ -96,15 +100,12 @@ def build_store(folder: Path, pairs: Iterable[tuple[str, str]]) -> tuple[int, in
                 flush()
         if batch:
             flush()
-    all_hashes = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+    all_hashes = np.concatenate(hashes)
+    hashes.clear()
     order = np.argsort(all_hashes, kind="stable")
-    for name, array in (
-        ("hashes", all_hashes[order]),
-        ("order", order.astype(np.int64)),
-        ("ends", np.concatenate(ends) if ends else np.zeros((0, 3), np.int64)),
-    ):
+    for name, array in (("order", order), ("hashes", all_hashes[order])):
         with open(folder / name, "wb") as file:
-            file.write(np.ascontiguousarray(array).data)
+            file.write(array.data)
     return checksum, count
 
 

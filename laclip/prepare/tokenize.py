@@ -27,6 +27,7 @@ from laclip.prepare.captions import (
     Source,
     VariantCount,
     has_texts,
+    open_texts,
     tokenize_shard,
 )
 from laclip.prepare.folder import (
@@ -36,7 +37,7 @@ from laclip.prepare.folder import (
     write_manifest,
 )
 from laclip.prepare.shards import add_run_arguments, in_order, run_shards
-from laclip.prepare.sources import read_rewrites
+from laclip.prepare.sources import read_pairs, read_rewrites, squeeze
 from laclip.prepare.store import TextStore, build_store
 from laclip.tokenizer import load_tokenizer
 
@@ -54,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "KEY.json in the tars; or a text file of the LaCLIP release (with --original-csv)",
     )
     parser.add_argument(
-        "--original-csv", type=Path, help="*_original.csv that the text files follow line by line"
+        "--original-csv",
+        type=Path,
+        help="*_original.csv, or the Parquet list, that the text files follow line by line",
     )
     parser.add_argument(
         "--join",
@@ -71,11 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    rewrites = {}
+    rewrites: dict[str, str] = {}
     for given in args.rewrites:
         name, equals, file = given.partition("=")
         if not equals or not name or not file:
             raise ValueError(f"--rewrites {given}: expected NAME=FILE")
+        if name in rewrites:
+            raise ValueError(
+                f"--rewrites {given}: {name} is {rewrites[name]} already. Join the files, or give "
+                "each a name of its own"
+            )
         rewrites[name] = file
     print(
         tokenize(
@@ -125,14 +133,15 @@ def tokenize(
     if dataset.tokenizer not in (None, fingerprint) and set(kept) - set(rewrites):
         raise ValueError(
             f"{folder}: its variants {sorted(set(kept) - set(rewrites))} were tokenized with "
-            f"{dataset.tokenizer}, asked for is {fingerprint}. Name their files again, or --drop"
+            f"{dataset.tokenizer}, asked for is {fingerprint}. Name their tokenizer (--tokenizer), "
+            "or their files again, or --drop"
         )
     remove_leftovers(folder)
     work = temporary_name(folder / "tokenize")
     work.mkdir()
     try:
         sources = _sources(dataset, kept, rewrites, original_csv, join, work, jobs)
-        _check_found(dataset, sources)
+        _check_found(dataset, sources, original_csv)
         checksums, counts, unmatched = _write_captions(
             dataset, sources, tokenizer, fingerprint, jobs, ray
         )
@@ -149,12 +158,23 @@ def tokenize(
     entries = [
         samples_summary(folder / f"{shard.stem}.samples")["shard"] for shard in dataset.shards
     ]
-    if not write_manifest(folder, entries, checksums, variants, fingerprint, manifest_libraries):
+    now = open_dataset(folder)
+    own = (tuple(variants), fingerprint, [checksums[shard.name] for shard in dataset.shards])
+    same = [s.name for s in now.shards] == [s.name for s in dataset.shards]
+    same = same and (not now.variants or _captions_of(now) in (_captions_of(dataset), own))
+    if not same or not write_manifest(
+        folder, entries, checksums, variants, fingerprint, manifest_libraries
+    ):
         raise ValueError(
             f"{folder}: another process changed it meanwhile. Run laclip tokenize again"
         )
     (folder / JOURNAL).unlink(missing_ok=True)
     return _report(folder, dataset.num_samples, sources, counts, unmatched)
+
+
+def _captions_of(dataset):
+    """What dataset.json says of captions."""
+    return dataset.variants, dataset.tokenizer, [s.captions_checksum for s in dataset.shards]
 
 
 def _sources(dataset, kept, rewrites, original_csv, join, work: Path, jobs: int) -> list[Source]:
@@ -185,16 +205,51 @@ def _sources(dataset, kept, rewrites, original_csv, join, work: Path, jobs: int)
     return sources
 
 
-def _check_found(dataset, sources: list[Source]) -> None:
+def _check_found(dataset, sources: list[Source], original_csv: Path | None) -> None:
     """Rewrites of other samples than these would leave training with the originals alone."""
+    compared = False
     for source in sources:
-        if source.kind == "store" and not any(
-            has_texts(dataset.path, shard, source) for shard in dataset.shards
-        ):
+        if source.kind not in ("store", "json"):
+            continue
+        shards = (s for s in dataset.shards if has_texts(dataset.path, s, source))
+        shard = next(shards, None)
+        if shard is None and source.kind == "json":
+            raise ValueError(
+                f"--rewrites {source.name}=json:{source.place}: no KEY.json of {dataset.path} has "
+                "a text in that field"
+            )
+        if shard is None:
+            own = open_texts(dataset.path, dataset.shards[0]).identities(source.identity)[0]
             raise ValueError(
                 f"--rewrites {source.name}: no sample of {dataset.path} finds a text by its "
-                f"{source.identity}. The first sample's key is {dataset.samples(0).key(0)!r}"
+                f"{source.identity}. The first sample's is {(own and own[:80])!r}, the first "
+                f"text's {TextStore(Path(source.place)).identity(0)[:80]!r}"
             )
+        if source.identity in ("row", "path") and not compared:
+            _check_captions(dataset, shard, source.identity, original_csv)
+            compared = True
+
+
+def _check_captions(dataset, shard, join: str, original_csv) -> None:
+    """Numbers and paths fit any list; the captions tell whether it is the one of these tars."""
+    texts = open_texts(dataset.path, shard)
+    captions = dict(zip(texts.identities(join), texts.identities("caption"), strict=True))
+    captions.pop(None, None)
+    compared, different = 0, []
+    for row, (image, caption) in enumerate(read_pairs(original_csv)):
+        own = captions.pop(str(row) if join == "row" else image, None)
+        if own is not None:
+            compared += 1
+            if own != squeeze(caption):
+                different.append(f"row {row} is {squeeze(caption)[:80]!r}, its sample {own[:80]!r}")
+        if not captions:
+            break
+    if 2 * len(different) > compared:
+        raise ValueError(
+            f"{original_csv}: not the list of {dataset.path}: {len(different)} of the {compared} "
+            f"captions compared differ ({different[0]}), so rewrites would go to wrong images. "
+            "Name the list that was packed or numbered, or use --join caption"
+        )
 
 
 def _build(place: Path, path: Path, original_csv: Path | None, join: str) -> tuple[int, int]:
@@ -208,7 +263,7 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
     """Run the shards that are left.
 
     Returns the checksum of each shard's file; of every variant the counts; and how many of its
-    rewrites no sample took, with the first of them.
+    rewrites no sample took, with lines about them.
     """
     seen = [(s.name, s.kind, s.old, s.identity, s.checksum) for s in sources]
     fields = [s.place for s in sources if s.kind == "json"]
@@ -237,29 +292,62 @@ def _write_captions(dataset, sources, tokenizer, fingerprint, jobs, ray):
         np.zeros(len(TextStore(Path(s.place))), bool) if s.kind == "store" else None
         for s in sources
     ]
-    checksums = {}
+    checksums, takers = {}, [0 for _ in sources]
     for number, (checksum, shard_counts, found, _) in results:
         checksums[dataset.shards[number].name] = checksum
         for total, count in zip(counts, shard_counts, strict=True):
             total.add(count)
-        for mask, numbers in zip(used, found, strict=True):
+        for i, (mask, numbers) in enumerate(zip(used, found, strict=True)):
             if mask is not None:
                 mask[numbers] = True
-    unmatched = []
-    for source, mask in zip(sources, used, strict=True):
-        left = np.flatnonzero(np.zeros(0, bool) if mask is None else ~mask)
-        first = TextStore(Path(source.place)).identity(int(left[0])) if len(left) else ""
-        unmatched.append((None if mask is None else len(left), first))
+                takers[i] += len(numbers)
+    unmatched = [_unmatched(*of) for of in zip(sources, used, takers, strict=True)]
     return checksums, counts, unmatched
 
 
-def _read_journal(path: Path, plan: str) -> dict[str, str]:
-    """Shard -> checksum of the captions that an earlier run of the same plan wrote for it."""
+def _unmatched(
+    source: Source, used: np.ndarray | None, takers: int
+) -> tuple[int | None, list[str]]:
+    """How many texts of a store no sample took, and lines for the report.
+
+    used: which texts were taken; takers: by how many samples.
+    """
+    if used is None:
+        return None, []
+    notes = []
+    if shared := takers - np.count_nonzero(used):
+        notes.append(
+            f"  {source.name}: {shared} samples have the text of another, as they have its "
+            f"{source.identity}"
+        )
+    store = TextStore(Path(source.place))
+    again = store.repeated()
+    again = np.sort(again[~used[again]])
+    used[again] = True
+    left = np.flatnonzero(~used)
+    if len(left):
+        first = store.identity(int(left[0]))[:80]
+        notes.append(f"  {source.name}: no sample for the rewrite of {first!r}")
+    if len(again):
+        first = store.identity(int(again[0]))[:80]
+        notes.append(
+            f"  {source.name}: {len(again)} texts not used, as their {source.identity} has an "
+            f"earlier one (first: {first!r})"
+        )
+    return len(left), notes
+
+
+def _read_journal(path: Path, plan: str) -> dict[str, tuple[str, int]]:
+    """Shard -> what an earlier run of the same plan wrote for it (`tokenize_shard`'s `done`)."""
     if not path.exists():
         return {}
     lines = path.read_bytes().decode(errors="replace").splitlines()
     fields = [line.split("\t") for line in lines]
-    return {f[1]: f[2] for f in fields if len(f) == 4 and f[0] == plan and f[3] == "."}
+    return {
+        name: (checksum, int(broken))
+        for own, name, checksum, broken, end in (f for f in fields if len(f) == 5)
+        if own == plan and end == "."
+    }
 
 
 def _report(folder: Path, samples: int, sources, counts, unmatched) -> str:
@@ -267,12 +355,11 @@ def _report(folder: Path, samples: int, sources, counts, unmatched) -> str:
     labels = [f"{a}-{b - 1}" for a, b in itertools.pairwise(BINS[1:])]
     rows = [[*head, "0", *labels, f"{BINS[-1]}+"]]
     notes = []
-    for source, count, (left, first) in zip(sources, counts, unmatched, strict=True):
+    for source, count, (left, lines_of) in zip(sources, counts, unmatched, strict=True):
         numbers = [count.missing, count.short, count.over_context, count.not_utf8]
         shown = "" if left is None else str(left)
         rows.append([source.name, *map(str, numbers), shown, *map(str, count.lengths)])
-        if left:
-            notes.append(f"  {source.name}: no sample for the rewrite of {first[:80]!r}")
+        notes += lines_of
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [f"{folder}: {samples} samples x {len(sources)} variants"]
     for row in rows:
