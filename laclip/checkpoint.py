@@ -34,6 +34,16 @@ from laclip.parallel import JointError, Ranks, from_first, gather_objects, raise
 _TEMPORARY = ".partial"
 
 
+def require_finite(engine: Any, step: int) -> None:
+    """Raise JointError where a weight is not: its checkpoint would take a sound one's place."""
+    weights = (getattr(p, "ds_tensor", p) for p in engine.module.parameters())  # ZeRO-3's share
+    if not all(gather_objects(all(bool(weight.isfinite().all()) for weight in weights))):
+        raise JointError(
+            f"the weights are no longer finite after {step} steps and are not saved; checkpoints "
+            "from before stay. Lower optimizer.lr or lengthen the warm-up"
+        )
+
+
 def save_checkpoint(
     engine: Any, folder: Path, state: dict[str, Any], stage: int, ranks: Ranks
 ) -> Path:
@@ -254,6 +264,18 @@ def read_weights(source: Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(
             f"'{source}' was deleted by its run while it was read (checkpoint.keep). Do it again"
         ) from None
+
+
+def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write what read_weights reads, whole or not at all. Raises OSError."""
+    partial = path.with_suffix(".partial")
+    try:
+        torch.save(weights, partial)
+    except (OSError, RuntimeError) as error:  # torch's own words for a full disk do not say so
+        free = shutil.disk_usage(path.parent).free // 2**20
+        partial.unlink(missing_ok=True)
+        raise OSError(f"writing '{path}': {error} ({free:,} MiB were free there)") from None
+    partial.rename(path)
 
 
 def _read_engine_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -218,6 +218,28 @@ _CHOICES = {
     "train.precision": ("fp32", "bf16", "fp16"),
 }
 
+# Numbers are finite and not negative (a logarithm may be), and above 0 where their default is, but
+_MAY_BE_0 = (
+    "data.hardware_decoder_share",
+    "data.max_bad_fraction",
+    "model.init_logit_scale",
+    "optimizer.start_lr",
+    "optimizer.end_lr",
+    "optimizer.weight_decay",
+    "optimizer.betas",
+    "optimizer.eps",
+)
+_AT_MOST = {
+    "run.timeout_minutes": 1e6,
+    "data.crop_scale": 1,
+    "data.hardware_decoder_share": 1,
+    "data.max_bad_fraction": 1,
+    "model.init_logit_scale": 5,  # a logarithm, that training holds at 4.6
+    "train.label_smoothing": 1,
+    "optimizer.betas": 1,
+    "optimizer.layer_decay": 1,
+}
+
 _DIRECTIONS = ("image_to_text", "text_to_image", "zero_shot")
 
 # Keys whose change leaves the sequence of batches and updates as it is, so that a run may go on
@@ -253,7 +275,7 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
             raise FileNotFoundError(f"--config: there is no file {str(path)!r}")
         try:
             tree = tomllib.loads(Path(path).read_text())
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # bytes that are no text, too
             raise ValueError(f"{path}: not valid TOML: {error}") from None
     written = flatten(tree)
     given = set()
@@ -425,6 +447,8 @@ def _build(kind: typing.Any, value: typing.Any, key: str, source: str) -> typing
         raise ValueError(
             f"{where}: expected {kind.__name__}, found {value!r} ({type(value).__name__})"
         )
+    if isinstance(value, str) and value.startswith("~/"):
+        return str(Path(value).expanduser())
     return value
 
 
@@ -444,47 +468,33 @@ def _check(config: Config, source: str) -> None:
         for key in ("classnames", "templates"):
             if getattr(task, key) and task.direction != "zero_shot":
                 raise ValueError(f"{where}.{key}: only read with direction = 'zero_shot'")
-    for key in (
-        "train.global_batch_size",
-        "train.max_skipped_steps",
-        "data.window_shards",
-        "data.reader_threads",
-        "data.decode_threads",
-        "data.prefetch",
-        "data.max_pixels",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "run.timeout_minutes",
-        "evaluation.batch_size",
-        "log.every_steps",
-        "optimizer.lr",
-    ):
-        if leaves[key] <= 0:
-            raise ValueError(f"{source}: {key}: must be above 0, found {leaves[key]!r}")
-    for pair in (
-        ("train.epochs", "train.steps"),
-        ("optimizer.warmup_epochs", "optimizer.warmup_steps"),
-    ):
-        if any(leaves[key] < 0 for key in pair):
-            raise ValueError(f"{source}: {' and '.join(pair)}: must not be negative")
+    defaults = flatten(Config())
+    for key, value in leaves.items():
+        values = value if isinstance(value, tuple) else (value,)
+        for number in (n for n in values if type(n) in (int, float)):
+            if number <= 0 and defaults.get(key) and key not in _MAY_BE_0:
+                raise ValueError(f"{source}: {key}: must be above 0, found {number!r}")
+            low = -100 if key == "model.init_logit_scale" else 0
+            high = _AT_MOST.get(key, 1e38 if isinstance(number, float) else 2**63 - 1)
+            if not low <= number <= high:
+                raise ValueError(f"{source}: {key}: expected {low} to {high:g}, found {number!r}")
+    for key in ("optimizer.start_lr", "optimizer.end_lr"):
+        if leaves[key] > (lr := config.optimizer.lr):
+            raise ValueError(f"{source}: {key}: {leaves[key]:g} is above optimizer.lr, {lr:g}")
+    for name in ("train.", "optimizer.warmup_"):
+        pair = f"{name}epochs", f"{name}steps"
         if all(leaves[key] for key in pair):
             raise ValueError(f"{source}: {' and '.join(pair)}: give one of the two, found both")
     if config.train.label_smoothing and config.train.loss != "clip":
         raise ValueError(f"{source}: train.label_smoothing: only read with train.loss = 'clip'")
-    low, high = config.data.crop_scale
-    if not 0 < low <= high <= 1:
+    for key, end in (("data.crop_scale", " <= 1"), ("data.crop_ratio", "")):
+        low, high = leaves[key]
+        if low > high:
+            raise ValueError(f"{source}: {key}: expected 0 < low <= high{end}, found {low, high}")
+    if config.data.captions == "weights" and not sum(config.data.weights):
         raise ValueError(
-            f"{source}: data.crop_scale: expected 0 < low <= high <= 1, found {low, high}"
-        )
-    low, high = config.data.crop_ratio
-    if not 0 < low <= high:
-        raise ValueError(f"{source}: data.crop_ratio: expected 0 < low <= high, found {low, high}")
-    if config.data.captions == "weights" and (
-        not config.data.weights or min(config.data.weights) < 0 or sum(config.data.weights) <= 0
-    ):
-        raise ValueError(
-            f"{source}: data.weights: captions = 'weights' needs a non-negative weight a variant, "
-            f"not all zero; found {list(config.data.weights)}"
+            f"{source}: data.weights: captions = 'weights' needs a weight a variant, not all zero; "
+            f"found {list(config.data.weights)}"
         )
     if config.data.weights and config.data.captions != "weights":
         raise ValueError(f"{source}: data.weights: only read with data.captions = 'weights'")

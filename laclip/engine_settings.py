@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import difflib
 import json
 import os
 import sys
@@ -26,8 +27,19 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
         raise FileNotFoundError(f"--deepspeed_config: there is no file {str(path)!r}")
     try:
         settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # bytes that are no text, too
         raise ValueError(f"{path}: not valid JSON: {error}") from None
+    zero = settings.setdefault("zero_optimization", {}) if isinstance(settings, dict) else None
+    if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int:
+        raise ValueError(
+            f'{path}: expected an object with "zero_optimization": {{"stage": 0, 1, 2 or 3, ...}}'
+        )
+    # DeepSpeed passes over a key that it does not know, and would train without ZeRO.
+    for key in difflib.get_close_matches("zero_optimization", settings, cutoff=0.8):
+        if key != "zero_optimization":
+            raise ValueError(f"{path}: unknown key {key!r}; did you mean 'zero_optimization'?")
+    for key in [key for key, value in zero.items() if value == "auto"]:
+        del zero[key]  # DeepSpeed takes its default then
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     if batch % ranks.world_size:
         raise ValueError(
@@ -56,17 +68,25 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
                 f"{path}: the section {key!r} is not read: the optimizer and its schedule are set "
                 f"in the TOML's section [{owner}]. Remove it from {path}"
             )
-    for key in ("bf16", "fp16"):
+    for key in ("bf16", "bfloat16", "fp16", "torch_autocast"):
         section = settings.pop(key, {})
         enabled = section.get("enabled", "auto") if isinstance(section, dict) else section
-        if enabled not in ("auto", config.train.precision == key):
+        if enabled not in ("auto", config.train.precision == key.replace("bfloat", "bf")):
             raise ValueError(
                 f"{path}: {key}.enabled is {enabled!r}, but train.precision in the run's TOML is "
                 f'{config.train.precision!r}. Set it to "auto" in {path}'
             )
+    for key in ("wall_clock_breakdown", "flops_profiler"):
+        section = settings.get(key)
+        if section.get("enabled") if isinstance(section, dict) else section:
+            raise ValueError(
+                f"{path}: {key}: DeepSpeed's timers fail in a step of several forward passes, as "
+                "ours is. Remove it: metrics.jsonl tells time and FLOPs of every step"
+            )
     settings.setdefault("steps_per_print", 10**9)
     settings["zero_allow_untested_optimizer"] = True
-    zero = settings.get("zero_optimization", {})
+    # Else offload_optimizer would ask for DeepSpeed's own Adam.
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
     if not zero.get("stage"):
         settings["gradient_clipping"] = 0.0  # the step clips, by the norm that it takes itself
     if ranks.world_size == 1 and zero.get("stage") in (1, 2):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import secrets
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -111,7 +113,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines):
         try:
@@ -125,6 +127,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def variant_shares(names: tuple[str, ...], counts: np.ndarray) -> dict[str, float]:
     """Share of each caption variant among those drawn; counts: one a variant."""
     return {name: round(float(share), 4) for name, share in zip(names, counts / counts.sum())}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of this rank: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 class Progress:

@@ -4,12 +4,16 @@ import datetime
 import functools
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# How long a rank that fails before the ranks are connected tries to tell the others.
+FAREWELL = datetime.timedelta(seconds=5)
 
 
 class JointError(ValueError):
@@ -77,6 +81,51 @@ def own_cores() -> int:
         return min(cores, int(names["SLURM_CPUS_PER_TASK"]))
     here = -(-int(names["WORLD_SIZE"]) // int(names.get("SLURM_NNODES", "1")))
     return max(1, cores // here)
+
+
+def meet(ranks: Ranks, timeout: datetime.timedelta, failure: str = "") -> dist.TCPStore | None:
+    """Wait until all ranks are here. Call it before they connect, and hold what it returns.
+
+    failure: why this rank ends instead, for the others to hear. Raises JointError where one said
+    so, or where one did not come in time: by itself the network's library names nobody.
+    """
+    if ranks.world_size == 1 or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends them all
+        return None
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise JointError(f"{name} is not set, where {ranks.world_size} ranks meet")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(
+            host, port, None, ranks.is_first, timeout, wait_for_workers=False, multi_tenant=True
+        )
+    except dist.DistNetworkError as error:
+        what = "cannot be opened" if ranks.is_first else "is not opened by rank 0, or out of reach"
+        reason = str(error).partition("\n")[0]
+        raise JointError(f"'{host}' port {port} {what}: {reason}") from None
+    store.set(f"laclip/{ranks.rank}", "")
+    if failure:
+        store.set("laclip/news", failure)
+    if store.add("laclip/came", 1) == ranks.world_size and not store.check(["laclip/news"]):
+        store.set("laclip/news", "")
+    try:
+        news = store.get("laclip/news").decode()
+        heard = store.add("laclip/heard", 1)
+    except dist.DistNetworkError:
+        news = "rank 0 ended before the ranks were connected"
+    except dist.DistStoreError:
+        lost = [r for r in range(ranks.world_size) if not store.check([f"laclip/{r}"])]
+        who = f"{'rank' if len(lost) == 1 else 'ranks'} {', '.join(map(str, lost))}"
+        news = f"{who} of {ranks.world_size} did not come in {timeout}: see what they print"
+        store.set("laclip/news", news)
+        heard = 0
+    deadline = time.monotonic() + FAREWELL.total_seconds()
+    while news and ranks.is_first and time.monotonic() < deadline and heard < ranks.world_size:
+        time.sleep(0.05)
+        heard = store.add("laclip/heard", 0)
+    if news and not failure:
+        raise JointError(news)
+    return store
 
 
 @functools.cache

@@ -7,18 +7,22 @@ killed leaves `running` behind; the lock tells whether one is.
 import datetime
 import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from laclip.config import Config, differences, dump_config, load_config
+from laclip.config import Config, differences, dump_config, flatten, load_config
 from laclip.metrics import say
-from laclip.parallel import JointError, Ranks, from_first
+from laclip.parallel import JointError, Ranks, from_first, raise_on_all
 
 _FIRST = {".lock", "config.toml.partial"}  # all that a full disk may leave of a start
 
 
-def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> Any:
+def claim_folder(
+    folder: Path, config: Config, settings: dict[str, Any], ranks: Ranks, resume: bool
+) -> Any:
     """Decide what the run's folder means for this run; all ranks agree. Returns the held lock."""
+    _require_alike(flatten(config) | flatten(settings, "deepspeed_config."))
     error, lock = None, None
     if ranks.is_first:
         try:
@@ -31,6 +35,17 @@ def claim_folder(folder: Path, config: Config, ranks: Ranks, resume: bool) -> An
     if error is not None:
         raise JointError(error)
     return lock
+
+
+def _require_alike(own: dict[str, Any]) -> None:
+    """Raise JointError where a rank read another file than the first: each would train its own."""
+    first = from_first(own)
+    changed = [
+        f"{key} is {own.get(key)!r}, on rank 0 {first.get(key)!r}"
+        for key in sorted(own.keys() | first.keys())
+        if own.get(key) != first.get(key)
+    ]
+    raise_on_all(ValueError("; ".join(changed)) if changed else None, "comparing configurations")
 
 
 def open_folder(folder: Path, config: Config, resume: bool) -> Any:
@@ -65,7 +80,10 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
                 "folder: --set run.folder=..."
             )
     temporary = folder / "config.toml.partial"
-    temporary.write_text(dump_config(config))
+    with temporary.open("w") as file:
+        file.write(dump_config(config))
+        file.flush()
+        os.fsync(file.fileno())  # without it the run could not go on where the machine loses power
     temporary.rename(stored)
     write_status(folder, "running", None)
     return lock

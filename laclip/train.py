@@ -4,14 +4,17 @@ deepspeed laclip/train.py --deepspeed_config configs/deepspeed/zero1.json [--con
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,9 @@ from laclip.checkpoint import (
     newest_checkpoint,
     newest_step,
     prune_checkpoints,
+    require_finite,
     save_checkpoint,
+    save_weights,
 )
 from laclip.config import Config, add_set_option, load_config
 from laclip.dataset import Dataset, open_dataset
@@ -36,15 +41,17 @@ from laclip.engine_settings import engine_settings, prepare_cpu
 from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
-from laclip.metrics import MetricsWriter, Progress, duration, say, variant_shares
+from laclip.metrics import MetricsWriter, Progress, duration, peak_memory_mib, say, variant_shares
 from laclip.model import CLIP, build_model, compile_blocks, load_weights
 from laclip.optimizer import build_optimizer, learning_rate
 from laclip.parallel import (
+    FAREWELL,
     JointError,
     Ranks,
     find_ranks,
     from_first,
     gather_objects,
+    meet,
     set_timeouts,
     start_sum,
 )
@@ -54,7 +61,8 @@ from laclip.tokenizer import Tokenizer, load_tokenizer
 from laclip.train_step import LossScale, train_step
 from laclip.watchdog import Watchdog
 
-STOPS = ("stopped by SIGINT", "stopped by SIGTERM", "stopped: its launcher is gone")
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+STOPS = (*(f"stopped by {name}" for name in SIGNALS), "stopped: its launcher is gone")
 stops: set[str] = set()  # what this rank was asked; all ranks agree on it in every step
 
 
@@ -81,11 +89,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         train(read_config(args), Path(args.deepspeed_config), ranks, resume=bool(args.resume))
         together = True
-    except (ValueError, FileNotFoundError, DataError) as error:
+    except Exception as error:
+        together = isinstance(error, JointError)
+        if not together and not dist.is_initialized():
+            with contextlib.suppress(JointError, dist.DistError):
+                meet(ranks, FAREWELL, f"rank {ranks.rank} failed: {type(error).__name__}: {error}")
+        if not isinstance(error, (ValueError, FileNotFoundError, DataError)):
+            raise
         # Before the ranks are connected each node reports; then the first rank hears of it.
         if ranks.is_first or (ranks.local_rank == 0 and not dist.is_initialized()):
             print(f"\nlaclip: {error}", file=sys.stderr, flush=True)
-        together = isinstance(error, JointError)
         return 2
     finally:
         if together and dist.is_initialized():
@@ -101,7 +114,8 @@ def read_config(args: argparse.Namespace) -> Config:
     folder = Path(args.resume)
     if not (folder / "config.toml").is_file():
         raise FileNotFoundError(f"--resume: {args.resume!r} is no run folder: no config.toml there")
-    return load_config(folder / "config.toml", [*args.set, f'run.folder="{folder}"'])
+    config = load_config(folder / "config.toml", args.set)
+    return replace(config, run=replace(config.run, folder=str(folder)))
 
 
 def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> None:
@@ -127,7 +141,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     connect(config, ranks)
     catch_signals()
     folder = Path(config.run.folder)
-    _lock = claim_folder(folder, config, ranks, resume)
+    _lock = claim_folder(folder, config, settings, ranks, resume)
 
     def give_up(reason: str, report: bool) -> None:
         """In the watchdog's thread, as the main one may wait for a rank that is no more."""
@@ -136,10 +150,8 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
             write_status(folder, "resumable", newest_step(folder / "checkpoints"), reason)
         os._exit(1)
 
-    def orphaned() -> None:
-        stops.add(STOPS[2])
-
-    with Watchdog(ranks, 60 * config.run.timeout_minutes, give_up, orphaned) as watchdog:
+    seconds, orphaned = 60 * config.run.timeout_minutes, lambda: stops.add(STOPS[-1])
+    with Watchdog(ranks, seconds, give_up, orphaned) as watchdog:
         try:
             stopped = run(config, settings, ranks, model, tokenizer, datasets, watchdog)
         except Exception as error:
@@ -150,7 +162,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         if stopped and ranks.is_first:
             say(
                 f"laclip: {stopped} in '{folder}'. To go on: deepspeed laclip/train.py "
-                f"--deepspeed_config {deepspeed_json} --resume {folder}"
+                f"--deepspeed_config {deepspeed_json} --resume {shlex.quote(str(folder))}"
             )
         dist.barrier()  # a rank that leaves while others still talk to it can take them down
 
@@ -162,12 +174,13 @@ def connect(config: Config, ranks: Ranks) -> None:
     # DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed  # slow to import: mistakes are reported before
+    from deepspeed.comm.torch import build_shm_op
 
-    deepspeed.init_distributed(
-        "nccl" if ranks.device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(minutes=config.run.timeout_minutes + 1),
-        verbose=False,
-    )
+    build_shm_op()  # on a CPU; what fails on one rank fails while the others still listen
+    timeout = datetime.timedelta(minutes=config.run.timeout_minutes + 1)
+    _store = meet(ranks, timeout)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
 
 
 def start_engine(model: CLIP, config: Config, settings: dict[str, Any], ranks: Ranks) -> Any:
@@ -253,6 +266,10 @@ def run(
             f"train.epochs, train.steps: {loader.num_samples} samples in batches of {batch_size} "
             f"for {config.train.epochs:g} epochs make no step. Give more of either"
         )
+    if batch_size > loader.num_samples:
+        raise JointError(
+            f"train.global_batch_size: {batch_size} is more than the {loader.num_samples} samples"
+        )
     step = saved_step = state["step"]
     best = from_first(best_score(checkpoints) if ranks.is_first else None)
     loss_scale = LossScale(config.train.precision, *([state["loss_scale"]] if found else []))
@@ -264,6 +281,8 @@ def run(
             f"{ranks.world_size} {ranks.device.type.upper()} rank(s), ZeRO-{stage}, "
             f"{config.train.precision}" + (f"; going on at step {step}" if found else "")
         )
+        if warmup_steps >= total_steps:
+            say(f"laclip: a warm-up of {warmup_steps} steps: the run ends below optimizer.lr")
         writer = MetricsWriter(
             folder,
             next_step=step,
@@ -335,7 +354,7 @@ def run(
                 "substitutes": substitutes,
                 "bad_samples": len(loader.bad_samples),
                 "variants": variant_shares(variants, np.array(counts[len(STOPS) + 3 :])),
-                "memory_mib": peak_memory_mib(ranks),
+                "memory_mib": peak_memory_mib(ranks.device),
                 **utilization(
                     config.model,
                     batch.captions,
@@ -360,6 +379,7 @@ def run(
         due = step % config.checkpoint.every_steps == 0 or step == total_steps
         if due or timed or stopped or (score is not None and score > best):
             watchdog.doing(f"saving step {step}")
+            require_finite(engine, step)
             bad = {sample for part in gather_objects(loader.bad_samples) for sample in part}
             content = {"step": step, "datasets": fingerprints, "bad_samples": sorted(bad)}
             content["loss_scale"] = loss_scale.value, loss_scale.good_steps
@@ -450,8 +470,7 @@ def finish(
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         if ranks.is_first:
             weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
-            torch.save(weights, folder / "model.pt.partial")
-            (folder / "model.pt.partial").rename(folder / "model.pt")
+            save_weights(weights, folder / "model.pt")
     begin = time.perf_counter()
     scores, examples = score_tasks(engine, config, tokenizer, ranks, watchdog)
     if not ranks.is_first:
@@ -467,22 +486,14 @@ def finish(
 
 
 def catch_signals() -> None:
-    """The first SIGINT or SIGTERM asks for a checkpoint and an end; more of them change nothing."""
+    """The first of SIGNALS asks for a checkpoint and an end; more of them change nothing."""
 
     def remember(number: int, _frame: Any) -> None:
         stops.add(f"stopped by {signal.Signals(number).name}")
 
-    signal.signal(signal.SIGINT, remember)
-    signal.signal(signal.SIGTERM, remember)
-
-
-def peak_memory_mib(ranks: Ranks) -> float:
-    """Peak memory of this rank: allocated on the GPU, or resident on a CPU."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(ranks.device) / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    for number in map(signal.Signals.__getitem__, SIGNALS):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, remember)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Which checkpoints of a run are kept."""
+"""Which checkpoints of a run are kept, and its weights."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from laclip.checkpoint import (
     list_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
+    save_weights,
 )
 from laclip.parallel import JointError, Ranks
 
@@ -88,3 +90,18 @@ def test_the_weights_of_the_end_may_be_the_best(end, best, tmp_path):
     scores = {"v": {"top1": end - 0.1}, "p": {"recall_at_1": end + 0.1, "top1": 0.9}}
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     assert find_weights(tmp_path, "best").name == best
+
+
+def test_weights_that_find_no_room_leave_the_old_ones_and_say_so(tmp_path):
+    """As a full disk, a limit on the size of files fails in the midst of a write."""
+    path = tmp_path / "model.pt"
+    save_weights({"weight": torch.ones(3)}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"writing '.*model\.pt': .*MiB were free there"):
+            save_weights({"weight": torch.ones(1 << 20)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    assert torch.equal(torch.load(path)["weight"], torch.ones(3))

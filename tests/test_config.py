@@ -1,13 +1,17 @@
 """The configuration: what is read, what is refused, what comes back."""
 
 import dataclasses
+import json
 import re
 import textwrap
 
 import pytest
+import torch
 from train_job import ROOT
 
 from laclip.config import PRESETS, Config, differences, dump_config, flatten, load_config
+from laclip.engine_settings import engine_settings
+from laclip.parallel import Ranks
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path):
@@ -83,12 +87,48 @@ def test_a_preset_that_the_file_would_silently_outvote_is_refused(tmp_path):
         ("train.global_batch_size=0", "must be above 0, found 0"),
         ("train.max_skipped_steps=0", "must be above 0, found 0"),
         ("lr", "expected section.key=value"),
+        ("optimizer.lr=nan", "optimizer.lr: expected 0 to "),
+        ("optimizer.end_lr=-1", "optimizer.end_lr: expected 0 to "),
+        ("optimizer.lr=5e-6", "optimizer.end_lr: 1e-05 is above optimizer.lr, 5e-06"),
+        ("optimizer.betas=[0.9, 2]", "optimizer.betas: expected 0 to 1, found 2.0"),
+        ("optimizer.weight_decay=inf", "optimizer.weight_decay: expected 0 to "),
+        ("optimizer.layer_decay=0", "optimizer.layer_decay: must be above 0"),
+        ("train.micro_batch_size=-1", "train.micro_batch_size: expected 0 to "),
+        ("train.epochs=inf", "train.epochs: expected 0 to "),
+        ("train.label_smoothing=1.5", "train.label_smoothing: expected 0 to 1"),
+        ("run.seed=-1", "run.seed: expected 0 to "),
+        ("run.seed=18446744073709551616", "run.seed: expected 0 to "),
+        ("run.timeout_minutes=inf", "run.timeout_minutes: expected 0 to 1e+06"),
+        ("data.max_bad_fraction=nan", "data.max_bad_fraction: expected 0 to 1"),
+        ("data.crop_scale=[0, 1]", "data.crop_scale: must be above 0"),
+        ("checkpoint.every_minutes=-1", "checkpoint.every_minutes: expected 0 to "),
+        ("model.init_logit_scale=14.3", "model.init_logit_scale: expected -100 to 5, found 14.3"),
+        ("model.vision.heads=0", "model.vision.heads: must be above 0"),
+        ("model.text.mlp_ratio=-1", "model.text.mlp_ratio: must be above 0"),
     ],
 )
 def test_a_mistake_is_named_with_its_key(override, message):
     with pytest.raises(ValueError) as error:
         load_config(None, [override])
     assert message in str(error.value)
+
+
+def test_a_weight_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"data\.weights: expected 0 to .*, found nan"):
+        load_config(None, ["data.captions=weights", "data.weights=[nan, 1]"])
+
+
+def test_the_edges_of_ranges_are_taken():
+    edges = ["run.seed=9223372036854775807", "model.init_logit_scale=-10", "optimizer.eps=0"]
+    edges += ["optimizer.start_lr=0", "optimizer.end_lr=1e-3", "optimizer.betas=[0, 0.999]"]
+    assert load_config(None, edges).run.seed == 2**63 - 1
+
+
+def test_the_home_folder_is_meant_by_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(None, ["run.folder=~/runs/a", "data.train=[~/data, ./~]"])
+    assert config.run.folder == "/home/me/runs/a"
+    assert config.data.train == ("/home/me/data", "./~")
 
 
 def test_smoothing_that_the_sigmoid_loss_would_not_read_is_refused():
@@ -105,9 +145,10 @@ def test_a_missing_file_and_broken_toml_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load_config(tmp_path / "none.toml")
     broken = tmp_path / "broken.toml"
-    broken.write_text("[train\n")
-    with pytest.raises(ValueError, match=r"broken\.toml: not valid TOML"):
-        load_config(broken)
+    for content in (b"[train\n", b'[run]\nfolder = "\xe9"\n'):
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.toml: not valid TOML"):
+            load_config(broken)
 
 
 def test_differences_leave_out_what_does_not_change_the_run():
@@ -115,6 +156,40 @@ def test_differences_leave_out_what_does_not_change_the_run():
     new = load_config(None, ["optimizer.lr=1", "data.prefetch=5", "evaluation.tasks.a.data=x"])
     assert differences(old, new) == ["optimizer.lr: 0.001 -> 1.0"]
     assert differences(old, old) == []
+
+
+RANK = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "expected an object with"),
+        ({"zero_optimization": True}, "expected an object with"),
+        ({"zero_optimization": {"stage": "2"}}, "expected an object with"),
+        ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16.enabled is True, but train.precision"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is True, but"),
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown: DeepSpeed's timers fail"),
+        ({"flops_profiler": {"enabled": True}}, "flops_profiler: DeepSpeed's timers fail"),
+    ],
+)
+def test_a_json_that_would_not_do_what_it_says_is_refused(content, message, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError) as error:
+        engine_settings(path, Config(), RANK)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_json_as_hugging_face_writes_it_is_completed(tmp_path):
+    path = tmp_path / "ds.json"
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "sub_group_size": 1e9}
+    rest = {"bf16": {"enabled": "auto"}, "train_batch_size": "auto", "wall_clock_breakdown": False}
+    path.write_text(json.dumps({"zero_optimization": zero, **rest}))
+    settings = engine_settings(path, Config(), RANK)
+    assert settings["zero_optimization"] == {"stage": 3, "sub_group_size": 1e9}
+    assert settings["train_batch_size"] == Config().train.global_batch_size
 
 
 def test_the_documents_name_keys_that_exist():

@@ -1,11 +1,14 @@
-"""Which device a process takes, on machines with GPUs that this one need not have."""
+"""Which device a process takes, on machines with GPUs that this one need not have; who is here."""
 
+import datetime
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from train_job import free_port
 
-from laclip.parallel import find_ranks
+from laclip.parallel import JointError, Ranks, find_ranks, meet
 
 SLURM = {"SLURM_PROCID": "7", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3", "MASTER_ADDR": "here"}
 LAUNCHED = {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
@@ -73,3 +76,48 @@ def pretend(monkeypatch, variables, gpus):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     return taken
+
+
+def meeting(monkeypatch, minutes, failures):
+    """What each rank of a job that comes to its meeting hears, by rank; None: that all are here."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", free_port())
+
+    stores = []
+
+    def come(rank):
+        ranks, timeout = (
+            Ranks(rank, 4, rank, torch.device("cpu")),
+            datetime.timedelta(minutes=minutes),
+        )
+        try:
+            stores.append(meet(ranks, timeout, failures[rank]))
+        except JointError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as threads:
+        return dict(zip(failures, threads.map(come, failures)))
+
+
+@pytest.mark.parametrize("failed", [0, 2])
+def test_all_ranks_hear_of_one_that_fails_before_they_are_connected(monkeypatch, failed):
+    failures = {rank: "its disk is gone" if rank == failed else "" for rank in range(4)}
+    heard = meeting(monkeypatch, 5, failures)
+    assert heard == {rank: None if rank == failed else "its disk is gone" for rank in range(4)}
+
+
+def test_ranks_that_all_come_meet(monkeypatch):
+    assert meeting(monkeypatch, 5, dict.fromkeys(range(4), "")) == dict.fromkeys(range(4))
+
+
+def test_a_rank_that_does_not_come_is_named(monkeypatch):
+    heard = meeting(monkeypatch, 0.1, {0: "", 1: "", 3: ""})
+    assert heard[0] == "rank 2 of 4 did not come in 0:00:06: see what they print"
+    assert "rank 0" in meeting(monkeypatch, 0.01, {1: ""})[1]
+
+
+def test_ranks_that_do_not_know_where_to_meet_say_so(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(JointError, match="MASTER_PORT is not set"):
+        meet(Ranks(1, 2, 1, torch.device("cpu")), datetime.timedelta(seconds=1))

@@ -1,9 +1,13 @@
 """Whose a run's folder is."""
 
+import os
+from pathlib import Path
+
 import pytest
 
-from laclip.config import load_config
+from laclip.config import dump_config, load_config
 from laclip.run_folder import open_folder, write_status
+from laclip.train import parse_arguments, read_config
 
 FIRST, SECOND = (load_config(None, [f"optimizer.lr={rate}"]) for rate in ("1e-3", "2e-3"))
 
@@ -39,9 +43,30 @@ def test_a_folder_in_which_a_start_failed_may_be_used(folder):
     assert load_config(folder / "config.toml") == FIRST
 
 
+def test_the_configuration_is_on_the_disk_before_it_takes_the_old_ones_place(folder, monkeypatch):
+    synced = []
+
+    def sync(descriptor):
+        synced.append((Path(f"/proc/self/fd/{descriptor}").read_text(), stored.exists()))
+
+    stored = folder / "config.toml"
+    monkeypatch.setattr(os, "fsync", sync)
+    open_folder(folder, FIRST, False).close()
+    assert synced == [(dump_config(FIRST), False)] and stored.read_text() == dump_config(FIRST)
+
+
 def test_files_of_another_kind_are_left_alone(folder):
     folder.mkdir()
     (folder / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds files but no run"):
         open_folder(folder, FIRST, False)
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ['with "quotes"', "back\\slash", "two\nlines", "ünïcode"])
+def test_a_folder_of_any_name_is_gone_on_with(name, folder):
+    run = folder / name
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(dump_config(FIRST))
+    words = ["--deepspeed_config", "zero1.json", "--resume", str(run)]
+    assert read_config(parse_arguments(words)).run.folder == str(run)

@@ -101,6 +101,17 @@ def test_a_stopped_and_resumed_run_gives_the_losses_of_one_without_a_stop(straig
     assert status(folder)["state"] == "finished"
 
 
+def test_a_terminal_that_is_closed_stops_a_run_with_a_checkpoint(tmp_path):
+    with Job(arguments(tmp_path / "run"), ranks=1, pause=2) as job:
+        job.wait_for_pause()
+        job.processes[0].send_signal(signal.SIGHUP)
+        job.go_on()
+        assert job.wait_for_the_end() == [0], job.output.read_text()
+    found = status(job.folder)
+    assert (found["state"], found["reason"]) == ("resumable", "stopped by SIGHUP")
+    assert found["step"] >= 2
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A job of Slurm's processes under ZeRO-3, scored as it goes, stopped by a signal to one."""
@@ -304,6 +315,7 @@ BAD_INPUT = {
     "attention": (["model.attention=xformers"], "xformers computes on a GPU alone"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),
     "no steps": (["train.steps=0"], "make no step"),
+    "large batch": (["train.global_batch_size=3071"], "3071 is more than the 3070 samples"),
 }
 
 

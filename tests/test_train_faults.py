@@ -12,7 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
-from train_job import PATIENCE, Job, arguments, environment, free_port, metrics, run, status
+from train_job import (
+    PATIENCE,
+    Job,
+    arguments,
+    environment,
+    free_port,
+    metrics,
+    run,
+    run_ranks,
+    status,
+)
 
 from laclip.engine_settings import remove_stale_lock
 
@@ -155,6 +165,15 @@ def test_steps_that_are_not_finite_are_logged_and_end_the_run(tmp_path):
     assert status(folder)["state"] == "resumable"
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    folder = tmp_path / "run"
+    settings = ["optimizer.lr=1e30", "optimizer.weight_decay=1e10", "checkpoint.every_steps=1"]
+    code, output = run(arguments(folder, *settings, stage=3), ranks=2, check=False)
+    assert code == 2 and "Traceback" not in output
+    assert output.count("the weights are no longer finite after 1 steps and are not saved") == 1
+    assert not list((folder / "checkpoints").glob("step_*")) and not (folder / "model.pt").exists()
+
+
 def test_a_run_of_one_rank_that_fails_says_so_in_its_status(tmp_path):
     weights = ["data.captions=weights", "data.weights=[1.0]"]
     code, output = run(arguments(tmp_path / "run", *weights), check=False)
@@ -193,6 +212,27 @@ with Watchdog(ranks, SECONDS, give_up, lambda: None) as watchdog:
 
 
 SECONDS = r"(?:[3-9]|\d\d+)"
+
+
+def test_a_rank_that_fails_before_the_ranks_are_connected_ends_the_job(tmp_path):
+    program = "import os, runpy, sys; sys.argv = sys.argv[1:]\n"
+    program += "if os.environ['RANK'] == '1': sys.modules['deepspeed'] = None\n"
+    program += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", program, *arguments(tmp_path / "run")]
+    codes, outputs = run_ranks(command, environment(), 2)
+    assert codes == [2, 1] and "Traceback" not in outputs[0]
+    assert "laclip: rank 1 failed: ModuleNotFoundError: import of deepspeed" in outputs[0]
+
+
+def test_ranks_that_read_different_files_do_not_train(tmp_path):
+    """As two machines do of which one has an older copy."""
+    program = "import os, runpy, sys; sys.argv = sys.argv[1:]\n"
+    program += "sys.argv += ['optimizer.lr=5e-4'] * int(os.environ['RANK'])\n"
+    program += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", program, *arguments(tmp_path / "run")]
+    codes, outputs = run_ranks(command, environment(), 2)
+    assert codes == [2, 2] and not (tmp_path / "run").exists()
+    assert "rank 1: ValueError: optimizer.lr is 0.0005, on rank 0 0.001" in outputs[0]
 
 
 @pytest.mark.parametrize(
