@@ -385,6 +385,9 @@ def gpu_memory(
         held["gradients of a micro-batch" + share] = owned
     if stage == 3:
         held["parameters gathered for a pass"] = gathered
+        if gpus > 1:  # DeepSpeed gathers many as one and copies them out; the next are under way
+            bucket = 4 * min(weights, int(zero.get("stage3_prefetch_bucket_size", 5e7)))
+            held["ZeRO-3's buffers to gather them"] = 2 * bucket
     blocks = config.model.activation_checkpointing == "blocks"
     pair = kept.pair[config.model.activation_checkpointing]
     half = 0.0 if config.train.precision == "fp32" else 2.0
