@@ -16,7 +16,6 @@ from scored_model import evaluate, refuse, write_folders, write_run, write_tar
 from train_job import arguments, run
 
 from laclip.cli import main
-from laclip.config import load_config
 from laclip.evaluation.data import open_labelled, read_bytes
 from laclip.evaluation.prompts import FOLDER
 from laclip.evaluation.ranking import places
@@ -56,23 +55,9 @@ def tars(path, drawings, names=True, split="test"):
 def test_scores_and_classifier_equal_open_clips_on_the_exported_weights(trained, folders, tmp_path):
     weights = tmp_path / "open_clip.pt"
     assert main(["export", str(trained), str(weights), "--format", "open_clip"]) == 0
-    model = load_config(trained / "config.toml").model
-    vision, text = model.vision, model.text
-    settings = {
-        "embed_dim": model.embed_dim,
-        "vision_cfg": {
-            "image_size": vision.image_size, "patch_size": vision.patch_size,
-            "width": vision.width, "layers": vision.depth, "head_width": vision.width // 2,
-        },
-        "text_cfg": {
-            "context_length": text.context_length, "width": text.width, "heads": text.heads,
-            "layers": text.depth,
-        },
-    }  # fmt: skip
-    (tmp_path / "model.json").write_text(json.dumps(settings))
     command = [sys.executable, "requirements/oracles.py", "tests/oracles/zero_shot.py"]
     done = subprocess.run(
-        [*command, weights, tmp_path / "model.json", folders],
+        [*command, weights, trained / "config.toml", folders],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,6 +17,7 @@ import open_clip
 import torch
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
+from originals import open_clip_model
 from torch.nn.utils.rnn import pad_sequence
 
 from laclip.config import load_config
@@ -29,22 +30,9 @@ from laclip.tokenizer import load_tokenizer
 def main() -> None:
     run, first = Path(sys.argv[1]), from_laclip(read_checkpoint(sys.argv[2]), "open_clip")
     config = load_config(run / "config.toml")
-    vision, text, siglip = config.model.vision, config.model.text, config.train.loss == "siglip"
+    siglip, context_length = config.train.loss == "siglip", config.model.text.context_length
     steps, batch = config.train.steps, config.train.global_batch_size
-    model = open_clip.model.CLIP(
-        config.model.embed_dim,
-        {
-            "image_size": vision.image_size, "patch_size": vision.patch_size,
-            "layers": vision.depth, "width": vision.width,
-            "head_width": vision.width // vision.heads,
-        },
-        {
-            "context_length": text.context_length, "layers": text.depth, "width": text.width,
-            "heads": text.heads,
-        },
-        init_logit_bias=0.0 if siglip else None,
-        output_dict=True,
-    )  # fmt: skip
+    model = open_clip_model(config.model, init_logit_bias=0.0 if siglip else None, output_dict=True)
     model.load_state_dict(first)
     # The groups of open_clip_train.main, which makes them where nothing else can call it.
     plain = {
@@ -68,8 +56,8 @@ def main() -> None:
         load_tokenizer(),
         seed=config.run.seed,
         global_batch_size=batch,
-        image_size=vision.image_size,
-        context_length=text.context_length,
+        image_size=config.model.vision.image_size,
+        context_length=context_length,
         device=torch.device("cpu"),
     )
 
@@ -79,7 +67,7 @@ def main() -> None:
         def __iter__(self):
             for _, loaded in zip(range(steps), loader):
                 captions = loaded.captions.token_ids.split(loaded.captions.lengths.tolist())
-                captions = [*captions, torch.zeros(text.context_length)]
+                captions = [*captions, torch.zeros(context_length)]
                 yield loaded.images, pad_sequence(captions, batch_first=True)[:-1].long()
 
     contrast = open_clip.loss.SigLipLoss() if siglip else open_clip.loss.ClipLoss()

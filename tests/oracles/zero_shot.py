@@ -1,6 +1,6 @@
 """open_clip's own zero-shot evaluation of an exported model; prints its scores as JSON.
 
-python requirements/oracles.py tests/oracles/zero_shot.py WEIGHTS MODEL.json CLASS_FOLDERS
+python requirements/oracles.py tests/oracles/zero_shot.py WEIGHTS CONFIG.toml CLASS_FOLDERS
 """
 
 import json
@@ -12,15 +12,18 @@ import open_clip
 import torch
 from open_clip.transform import image_transform
 from open_clip_train.zero_shot import run
+from originals import open_clip_model
 from PIL import Image
+
+from laclip.config import load_config
 
 
 def main() -> None:
     weights, settings, data = sys.argv[1:]
-    config = json.loads(Path(settings).read_text())
-    model = open_clip.model.CLIP(**config).eval()
+    config = load_config(settings).model
+    model = open_clip_model(config).eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
-    transform = image_transform(config["vision_cfg"]["image_size"], is_train=False)
+    transform = image_transform(config.vision.image_size, is_train=False)
     folders = sorted(Path(data).iterdir())
     images, labels = [], []
     for label, folder in enumerate(folders):
@@ -28,7 +31,7 @@ def main() -> None:
             images.append(transform(Image.open(file)))
             labels.append(label)
     batches = list(zip(torch.stack(images).split(64), torch.tensor(labels).split(64)))
-    tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+    tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context_length)
     args = Namespace(device="cpu", precision="fp32", batch_size=64)
     found = {}
     for name, templates in (
