@@ -131,7 +131,8 @@ def compiled_for(
             signature[name] = "i32"
         else:
             signature[name] = types.get(name) or NUMBERS.get(name) or POINTERS.get(name, "*fp32")
-            if signature[name].startswith("*"):
+            aligned = not kernel.params[place].do_not_specialize_on_alignment
+            if signature[name].startswith("*") and aligned:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
