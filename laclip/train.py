@@ -36,14 +36,14 @@ from laclip.checkpoint import (
     save_weights,
 )
 from laclip.config import Config, add_set_option, load_config
-from laclip.dataset import Dataset, open_dataset
+from laclip.dataset import Dataset, check_datasets, open_dataset
 from laclip.engine_settings import engine_settings, prepare_cpu
 from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, peak_memory_mib, say, variant_shares
 from laclip.model import CLIP, build_model, compile_blocks, load_weights
-from laclip.optimizer import build_optimizer, learning_rate
+from laclip.optimizer import Schedule, build_optimizer, schedule_of
 from laclip.parallel import (
     FAREWELL,
     JointError,
@@ -129,6 +129,13 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
             'none. Set model.attention = "sdpa"'
         )
     datasets = [open_dataset(path) for path in config.data.train]
+    check_datasets(datasets, config.data, tokenizer.fingerprint)
+    schedule = schedule_of(config, sum(dataset.num_samples for dataset in datasets))
+    if ranks.is_first and schedule.warmup_steps >= schedule.total_steps:
+        say(
+            f"laclip: a warm-up of {schedule.warmup_steps:,} steps, the run makes "
+            f"{schedule.total_steps:,}: it ends below optimizer.lr"
+        )
     for name, task in config.evaluation.tasks.items():  # a mistake must not wait for the end
         with named(name):
             check_task(task, tokenizer)
@@ -153,7 +160,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     seconds, orphaned = 60 * config.run.timeout_minutes, lambda: stops.add(STOPS[-1])
     with Watchdog(ranks, seconds, give_up, orphaned) as watchdog:
         try:
-            stopped = run(config, settings, ranks, model, tokenizer, datasets, watchdog)
+            stopped = run(config, settings, ranks, model, tokenizer, datasets, schedule, watchdog)
         except Exception as error:
             if ranks.is_first:
                 step = newest_step(folder / "checkpoints")
@@ -216,6 +223,7 @@ def run(
     model: CLIP,
     tokenizer: Tokenizer,
     datasets: list[Dataset],
+    schedule: Schedule,
     watchdog: Watchdog,
 ) -> str:
     """Train to the end ("" is returned) or until a stop is asked for (its reason)."""
@@ -257,19 +265,7 @@ def run(
     )
     variants = max((dataset.variants for dataset in datasets), key=len)
     batch_size = config.train.global_batch_size
-    total_steps = config.train.steps or round(config.train.epochs * loader.num_samples / batch_size)
-    warmup_steps = config.optimizer.warmup_steps or round(
-        config.optimizer.warmup_epochs * loader.num_samples / batch_size
-    )
-    if total_steps < 1:
-        raise JointError(
-            f"train.epochs, train.steps: {loader.num_samples} samples in batches of {batch_size} "
-            f"for {config.train.epochs:g} epochs make no step. Give more of either"
-        )
-    if batch_size > loader.num_samples:
-        raise JointError(
-            f"train.global_batch_size: {batch_size} is more than the {loader.num_samples} samples"
-        )
+    total_steps = schedule.total_steps
     step = saved_step = state["step"]
     best = from_first(best_score(checkpoints) if ranks.is_first else None)
     loss_scale = LossScale(config.train.precision, *([state["loss_scale"]] if found else []))
@@ -281,8 +277,6 @@ def run(
             f"{ranks.world_size} {ranks.device.type.upper()} rank(s), ZeRO-{stage}, "
             f"{config.train.precision}" + (f"; going on at step {step}" if found else "")
         )
-        if warmup_steps >= total_steps:
-            say(f"laclip: a warm-up of {warmup_steps} steps: the run ends below optimizer.lr")
         writer = MetricsWriter(
             folder,
             next_step=step,
@@ -316,14 +310,7 @@ def run(
                 *np.bincount(batch.drawn_variants, minlength=len(variants)),
             ]
         )
-        rate = learning_rate(
-            step,
-            peak=config.optimizer.lr,
-            start=config.optimizer.start_lr,
-            end=config.optimizer.end_lr,
-            warmup_steps=warmup_steps,
-            total_steps=total_steps,
-        )
+        rate = schedule.rate(step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         result = train_step(engine, batch, config, ranks, stage, loss_scale, prepare_next)
