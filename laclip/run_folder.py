@@ -11,9 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from laclip.config import Config, differences, dump_config, flatten, load_config
+from laclip.config import Config, differences, load_config
 from laclip.metrics import say
 from laclip.parallel import JointError, Ranks, from_first, raise_on_all
+from laclip.typed_toml import dump, flatten
 
 _FIRST = {".lock", "config.toml.partial"}  # all that a full disk may leave of a start
 
@@ -81,7 +82,7 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
             )
     temporary = folder / "config.toml.partial"
     with temporary.open("w") as file:
-        file.write(dump_config(config))
+        file.write(dump(config))
         file.flush()
         os.fsync(file.fileno())  # without it the run could not go on where the machine loses power
     temporary.rename(stored)

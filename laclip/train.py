@@ -5,7 +5,6 @@ deepspeed laclip/train.py --deepspeed_config configs/deepspeed/zero1.json [--con
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import shlex
@@ -13,7 +12,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +35,14 @@ from laclip.checkpoint import (
 )
 from laclip.config import Config, add_set_option, load_config
 from laclip.dataset import Dataset, check_datasets, open_dataset
-from laclip.engine_settings import engine_settings, prepare_cpu
+from laclip.engine import connect, start_engine, whole_weights
+from laclip.engine_settings import engine_settings
 from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
 from laclip.metrics import MetricsWriter, Progress, duration, peak_memory_mib, say, variant_shares
-from laclip.model import CLIP, build_model, compile_blocks, load_weights
-from laclip.optimizer import Schedule, build_optimizer, schedule_of
+from laclip.model import CLIP, build_model, load_weights
+from laclip.optimizer import Schedule, schedule_of
 from laclip.parallel import (
     FAREWELL,
     JointError,
@@ -52,7 +51,6 @@ from laclip.parallel import (
     from_first,
     gather_objects,
     meet,
-    set_timeouts,
     start_sum,
 )
 from laclip.report import score_table, write_report
@@ -172,48 +170,6 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
                 f"--deepspeed_config {deepspeed_json} --resume {shlex.quote(str(folder))}"
             )
         dist.barrier()  # a rank that leaves while others still talk to it can take them down
-
-
-def connect(config: Config, ranks: Ranks) -> None:
-    """Connect the ranks through DeepSpeed."""
-    if ranks.device.type == "cpu":
-        prepare_cpu(ranks)
-    # DeepSpeed calls functions that torch has renamed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    import deepspeed  # slow to import: mistakes are reported before
-    from deepspeed.comm.torch import build_shm_op
-
-    build_shm_op()  # on a CPU; what fails on one rank fails while the others still listen
-    timeout = datetime.timedelta(minutes=config.run.timeout_minutes + 1)
-    _store = meet(ranks, timeout)
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
-
-
-def start_engine(model: CLIP, config: Config, settings: dict[str, Any], ranks: Ranks) -> Any:
-    """The model under DeepSpeed's engine, with its optimizer."""
-    import deepspeed
-
-    model.to(ranks.device)
-    if config.train.precision != "fp32":
-        # Under autocast inside the engine parameters stay fp32, logit_scale among them: the
-        # engine's own bf16 would round it by up to 3 %.
-        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
-        model.forward = torch.autocast(ranks.device.type, precision)(model.forward)  # type: ignore
-    if config.train.compile:
-        compile_blocks(model)
-    optimizer = build_optimizer(
-        model,
-        learning_rate=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        layer_decay=config.optimizer.layer_decay,
-    )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    # Longer than the watchdog's, which knows the reason.
-    set_timeouts(config.run.timeout_minutes + 1)
-    return engine
 
 
 def run(
@@ -450,14 +406,12 @@ def finish(
     step: int,
 ) -> None:
     """Write the weights, score the held-out sets, write the report."""
-    import deepspeed
-
     folder = Path(config.run.folder)
     watchdog.doing("writing the weights")
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
-        if ranks.is_first:
-            weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
-            save_weights(weights, folder / "model.pt")
+    weights = whole_weights(model, stage, ranks)
+    if ranks.is_first:
+        save_weights(weights, folder / "model.pt")
+    del weights
     begin = time.perf_counter()
     scores, examples = score_tasks(engine, config, tokenizer, ranks, watchdog)
     if not ranks.is_first:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from laclip.config import dump_config, load_config
+from laclip.config import load_config
 from laclip.run_folder import open_folder, write_status
 from laclip.train import parse_arguments, read_config
+from laclip.typed_toml import dump
 
 FIRST, SECOND = (load_config(None, [f"optimizer.lr={rate}"]) for rate in ("1e-3", "2e-3"))
 
@@ -52,7 +53,7 @@ def test_the_configuration_is_on_the_disk_before_it_takes_the_old_ones_place(fol
     stored = folder / "config.toml"
     monkeypatch.setattr(os, "fsync", sync)
     open_folder(folder, FIRST, False).close()
-    assert synced == [(dump_config(FIRST), False)] and stored.read_text() == dump_config(FIRST)
+    assert synced == [(dump(FIRST), False)] and stored.read_text() == dump(FIRST)
 
 
 def test_files_of_another_kind_are_left_alone(folder):
@@ -67,6 +68,6 @@ def test_files_of_another_kind_are_left_alone(folder):
 def test_a_folder_of_any_name_is_gone_on_with(name, folder):
     run = folder / name
     run.mkdir(parents=True)
-    (run / "config.toml").write_text(dump_config(FIRST))
+    (run / "config.toml").write_text(dump(FIRST))
     words = ["--deepspeed_config", "zero1.json", "--resume", str(run)]
     assert read_config(parse_arguments(words)).run.folder == str(run)

@@ -24,7 +24,7 @@ from train_job import (
     status,
 )
 
-from laclip.engine_settings import remove_stale_lock
+from laclip.engine import remove_stale_lock
 
 # Long enough not to end before it is disturbed.
 LONG = ["train.steps=5000", "checkpoint.every_steps=100000"]
