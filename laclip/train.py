@@ -40,7 +40,15 @@ from laclip.engine_settings import engine_settings
 from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
-from laclip.metrics import MetricsWriter, Progress, duration, peak_memory_mib, say, variant_shares
+from laclip.metrics import (
+    MetricsWriter,
+    Progress,
+    duration,
+    json_line,
+    peak_memory_mib,
+    say,
+    variant_shares,
+)
 from laclip.model import CLIP, build_model, load_weights
 from laclip.optimizer import Schedule, schedule_of
 from laclip.parallel import (
@@ -362,7 +370,7 @@ def log_skipped(
         record = {"step": step, "loss": loss, "samples": [name for part in names for name in part]}
         try:
             with (folder / "skipped_steps.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json_line(record))
         except OSError as error:
             say(f"\nlaclip: the samples of the skipped step {step} are lost: {error}")
 
