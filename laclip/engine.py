@@ -99,7 +99,7 @@ def remove_stale_lock(lock: Path) -> bool:
     seconds = 10 if any(lock.parent.glob("*.so")) else 300
     with contextlib.suppress(FileNotFoundError):
         while lock.stat().st_uid == os.getuid() and not _is_open(lock):
-            if time.time() - lock.stat().st_mtime > seconds:
+            if abs(time.time() - lock.stat().st_mtime) > seconds:  # clocks are set back, too
                 lock.unlink()
                 return True
             time.sleep(0.1)
