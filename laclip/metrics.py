@@ -35,6 +35,18 @@ def json_line(record: dict[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
+def import_wandb() -> Any:
+    """The package. Raises ValueError where it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "log.wandb_project is set, but the package wandb is not installed. "
+            "Run: pip install 'laclip[wandb]'"
+        ) from None
+    return wandb
+
+
 class MetricsWriter:
     """Appends one record a step to FOLDER/metrics.jsonl and mirrors it to the trackers.
 
@@ -54,17 +66,10 @@ class MetricsWriter:
 
             self._tensorboard = SummaryWriter(self._events, purge_step=next_step)
         if wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError(
-                    "log.wandb_project is set, but the package wandb is not installed. "
-                    "Run: pip install 'laclip[wandb]'"
-                ) from None
             identity = folder / "wandb_id"  # a run that goes on does so there, too
             if not identity.exists():
                 identity.write_text(secrets.token_hex(4))
-            self._wandb = wandb.init(
+            self._wandb = import_wandb().init(
                 project=wandb_project,
                 name=folder.name,
                 dir=str(folder),

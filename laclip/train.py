@@ -44,6 +44,7 @@ from laclip.metrics import (
     MetricsWriter,
     Progress,
     duration,
+    import_wandb,
     json_line,
     peak_memory_mib,
     say,
@@ -124,16 +125,38 @@ def read_config(args: argparse.Namespace) -> Config:
     return replace(config, run=replace(config.run, folder=str(folder)))
 
 
+def check_abilities(config: Config, ranks: Ranks) -> None:
+    """Raise ValueError for what the first step would find out, when much had been started."""
+    attention, cpu = config.model.attention, ranks.device.type == "cpu"
+    if cpu and attention != "sdpa":
+        raise ValueError(
+            f"model.attention: {attention} computes on a GPU alone, and this rank has none. Set "
+            'model.attention = "sdpa"'
+        )
+    if attention != "sdpa" and config.train.precision == "fp32":
+        raise ValueError(
+            f"model.attention: {attention} computes in bf16 and fp16, train.precision is fp32. Set "
+            'it to "bf16", or model.attention to "sdpa"'
+        )
+    if cpu and config.train.loss_implementation == "triton":
+        raise ValueError(
+            "train.loss_implementation: triton computes on a GPU alone, and this rank has none. "
+            'Set it to "auto"'
+        )
+    if config.model.embed_dim % 8:
+        raise ValueError(
+            f"model.embed_dim: found {config.model.embed_dim}, the losses need a multiple of 8"
+        )
+    if ranks.is_first and config.log.wandb_project:
+        import_wandb()
+
+
 def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     settings = engine_settings(deepspeed_json, config, ranks)
+    check_abilities(config, ranks)
     if not config.data.train:
         raise ValueError("data.train: no dataset given. Set it to a dataset's folder, or several")
-    if ranks.device.type == "cpu" and config.model.attention != "sdpa":
-        raise ValueError(
-            f"model.attention: {config.model.attention} computes on a GPU alone, and this rank has "
-            'none. Set model.attention = "sdpa"'
-        )
     datasets = [open_dataset(path) for path in config.data.train]
     check_datasets(datasets, config.data, tokenizer.fingerprint)
     schedule = schedule_of(config, sum(dataset.num_samples for dataset in datasets))
@@ -154,7 +177,9 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     connect(config, ranks)
     catch_signals()
     folder = Path(config.run.folder)
-    _lock = claim_folder(folder, config, settings, ranks, resume)
+    fingerprints = {path: d.fingerprint for path, d in zip(config.data.train, datasets)}
+    read = {"deepspeed_config": settings, "fingerprint": fingerprints}
+    _lock = claim_folder(folder, config, read, ranks, resume)
 
     def give_up(reason: str, report: bool) -> None:
         """In the watchdog's thread, as the main one may wait for a rank that is no more."""

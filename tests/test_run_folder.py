@@ -36,6 +36,17 @@ def test_a_mistake_that_ended_a_run_before_its_first_step_may_be_mended(folder):
     assert load_config(folder / "config.toml") == SECOND
 
 
+@pytest.mark.parametrize("state", ["running", "finished"])  # its report is still being written
+def test_a_folder_in_which_a_job_runs_is_left_to_it(state, folder):
+    with open_folder(folder, FIRST, False):
+        write_status(folder, state, 8)
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="another job is running in"):
+                open_folder(folder, FIRST, resume)
+    open_folder(folder, FIRST, False).close()
+    assert folder.with_name("run.1").exists() == (state == "finished")
+
+
 def test_a_folder_in_which_a_start_failed_may_be_used(folder):
     folder.mkdir()
     for name in (".lock", "config.toml.partial"):

@@ -313,6 +313,8 @@ BAD_INPUT = {
         "evaluation.tasks.v: 'no/where': there is no such folder",
     ),
     "attention": (["model.attention=xformers"], "xformers computes on a GPU alone"),
+    "loss": (["train.loss_implementation=triton"], "triton computes on a GPU alone"),
+    "embedding": (["model.embed_dim=12"], "found 12, the losses need a multiple of 8"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),
     "no steps": (["train.steps=0"], "3,070 samples in batches of 32 for 0 epochs make no step"),
     "large batch": (["train.global_batch_size=3071"], "3,071 is more than the 3,070 samples"),
