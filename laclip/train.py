@@ -373,7 +373,8 @@ def run(
             else:
                 saved_step, best = step, best if score is None else max(best, score)
                 if ranks.is_first:
-                    prune_checkpoints(checkpoints, config.checkpoint.keep)
+                    for problem in prune_checkpoints(checkpoints, config.checkpoint.keep):
+                        say(f"\nlaclip: {problem}")
                     write_status(folder, "running", step)
     if ranks.is_first:
         progress.end_line()
