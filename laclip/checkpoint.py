@@ -166,8 +166,12 @@ def newest_step(folder: Path) -> int | None:
     return _step(found[-1]) if found else None
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete what an interrupted write left, and all but the newest `keep` and the first best."""
+def prune_checkpoints(folder: Path, keep: int) -> list[str]:
+    """Delete what an interrupted write left, and all but the newest `keep` and the first best.
+
+    Returns what could not be deleted, and why.
+    """
+    problems = []
     for path in folder.glob(f"step_*{_TEMPORARY}"):
         shutil.rmtree(path, ignore_errors=True)
     paths, best = list_checkpoints(folder), best_score(folder)
@@ -175,8 +179,12 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     for path in (path for path in paths if path not in kept):
         # Renamed first: a deletion that is interrupted leaves no half checkpoint.
         doomed = path.with_name(path.name + _TEMPORARY)
-        path.rename(doomed)
+        try:
+            path.rename(doomed)
+        except OSError as error:  # protected by its owner, or deleted by hand meanwhile
+            problems.append(f"the old checkpoint '{path}' is not deleted: {error}")
         shutil.rmtree(doomed, ignore_errors=True)
+    return problems
 
 
 def newest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:

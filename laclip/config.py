@@ -1,19 +1,16 @@
 """The configuration of a run: defaults, then a TOML file, then --set; unknown keys are errors.
 
 Frozen dataclasses, one a section; every knob has one home. What ZeRO needs lives in DeepSpeed's
-JSON, which may not repeat anything that stands here (laclip/train.py merges the two).
+JSON, which may not repeat anything that stands here (laclip/engine_settings.py merges the two).
 """
 
 import argparse
-import dataclasses
-import difflib
-import json
-import re
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from laclip.typed_toml import build, flatten, nearest, parse
 
 
 @dataclass(frozen=True)
@@ -290,7 +287,7 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
                 raise ValueError(f"--set {override!r}: {section} is not a section")
-        node[leaf] = _toml_value(text.strip())
+        node[leaf] = parse(text.strip())
     source = str(path) if path is not None else "--set"
     model = tree.get("model")
     if isinstance(model, dict) and model.get("preset"):
@@ -302,7 +299,7 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
                 f"--set model.preset={model['preset']}: {source} gives {', '.join(kept)} itself, "
                 "which the preset does not change. Start from a file that leaves them out"
             )
-    config = _build(Config, tree, "", source)
+    config = build(Config, tree, "", source)
     _check(config, source)
     return config
 
@@ -319,30 +316,6 @@ def add_set_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def dump_config(config: Config) -> str:
-    """The configuration as TOML; load_config reads it back to an equal one."""
-    lines: list[str] = []
-
-    def section(value: typing.Any, name: str) -> None:
-        items = value.items() if isinstance(value, dict) else _fields(value)
-        nested = []
-        if name and not isinstance(value, dict):
-            lines.append(f"[{name}]")
-        for key, item in items:
-            if dataclasses.is_dataclass(item) or isinstance(item, dict):
-                nested.append((key, item))
-            else:
-                lines.append(f"{key} = {_toml_text(item)}")
-        if name and not isinstance(value, dict):
-            lines.append("")
-        for key, item in nested:
-            key = key if re.fullmatch(r"[\w-]+", key, re.ASCII) else _toml_text(key)
-            section(item, f"{name}.{key}" if name else key)
-
-    section(config, "")
-    return "\n".join(lines)
-
-
 def differences(old: Config, new: Config) -> list[str]:
     """What differs between two configurations and would change a run, as `key: old -> new`."""
     before, after = flatten(old), flatten(new)
@@ -354,47 +327,11 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-def flatten(value: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
-    """Every leaf of a configuration by its dotted key."""
-    items = value.items() if isinstance(value, dict) else _fields(value)
-    leaves: dict[str, typing.Any] = {}
-    for key, item in items:
-        name = f"{prefix}{key}"
-        if dataclasses.is_dataclass(item) or isinstance(item, dict):
-            leaves |= flatten(item, name + ".")
-        else:
-            leaves[name] = item
-    return leaves
-
-
-def _fields(value: typing.Any) -> list[tuple[str, typing.Any]]:
-    return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-
-
-def _toml_value(text: str) -> typing.Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        if text.startswith("[") and text.endswith("]"):  # quotes taken by a shell on the way
-            return [_toml_value(item.strip()) for item in text[1:-1].split(",")]
-        return text
-
-
-def _toml_text(value: typing.Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # the escapes are TOML's, too
-    return "[" + ", ".join(_toml_text(item) for item in value) + "]"
-
-
 def _with_preset(model: dict, source: str) -> dict:
     name = model["preset"]
     if name not in PRESETS:
         raise ValueError(
-            f"{source}: model.preset: there is no preset {name!r}{_nearest(str(name), PRESETS)}"
+            f"{source}: model.preset: there is no preset {name!r}{nearest(str(name), PRESETS)}"
         )
     merged = {**PRESETS[name], **model}
     for tower in ("vision", "text"):
@@ -403,67 +340,18 @@ def _with_preset(model: dict, source: str) -> dict:
     return merged
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}"
-
-
-def _build(kind: typing.Any, value: typing.Any, key: str, source: str) -> typing.Any:
-    where = f"{source}: {key}" if key else source
-    origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected a section, found {value!r}")
-        hints = typing.get_type_hints(kind)
-        for name in value:
-            if name not in hints:
-                what = "section" if not key else "key"
-                full = f"{key}.{name}" if key else name
-                raise ValueError(f"{source}: unknown {what} {full!r}{_nearest(name, hints)}")
-        nested = {
-            name: _build(hints[name], item, f"{key}.{name}" if key else name, source)
-            for name, item in value.items()
-        }
-        return kind(**nested)  # type: ignore[operator]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected a section, found {value!r}")
-        inner = typing.get_args(kind)[1]
-        return {name: _build(inner, item, f"{key}.{name}", source) for name, item in value.items()}
-    if origin is tuple:
-        inner = typing.get_args(kind)
-        if isinstance(value, str) and inner[0] is str:
-            value = [value]
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where}: expected a list, found {value!r}")
-        if inner[-1] is not Ellipsis and len(value) != len(inner):
-            raise ValueError(f"{where}: expected {len(inner)} values, found {len(value)}")
-        return tuple(_build(inner[0], item, key, source) for item in value)
-    assert isinstance(kind, type) and not isinstance(kind, types.GenericAlias)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(
-            f"{where}: expected {kind.__name__}, found {value!r} ({type(value).__name__})"
-        )
-    if isinstance(value, str) and value.startswith("~/"):
-        return str(Path(value).expanduser())
-    return value
-
-
 def _check(config: Config, source: str) -> None:
     leaves = flatten(config)
     for key, choices in _CHOICES.items():
         if leaves[key] not in choices:
-            hint = _nearest(leaves[key], choices)
+            hint = nearest(leaves[key], choices)
             raise ValueError(f"{source}: {key}: {leaves[key]!r} is not a choice{hint}")
     for name, task in config.evaluation.tasks.items():
         where = f"{source}: evaluation.tasks.{name}"
         if task.direction not in _DIRECTIONS:
             raise ValueError(
                 f"{where}.direction: {task.direction!r} is not a choice"
-                f"{_nearest(task.direction, _DIRECTIONS)}"
+                f"{nearest(task.direction, _DIRECTIONS)}"
             )
         for key in ("classnames", "templates"):
             if getattr(task, key) and task.direction != "zero_shot":

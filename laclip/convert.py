@@ -28,7 +28,7 @@ FORMATS = ("open_clip", "laclip_release", "hugging_face")
 # What torch.load and the reader of safetensors raise for files that are cut or of another kind.
 UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
-    *(struct.error, ValueError, KeyError, AttributeError),
+    *(struct.error, ValueError, KeyError, AttributeError, TypeError),
 )
 
 
@@ -153,6 +153,7 @@ _IGNORED = re.compile(r"(.*\.)?(attn_mask|position_ids)")
 
 def detect_format(state: Mapping[str, Tensor]) -> str:
     """Tells by its keys which project wrote a state dict; ValueError where none is known."""
+    state = unwrapped(state)
     if "visual.proj" in state or "visual.trunk.cls_token" in state:
         return "open_clip"
     if "image_projection" in state and "visual.cls_token" in state:
@@ -165,14 +166,17 @@ def detect_format(state: Mapping[str, Tensor]) -> str:
     )
 
 
+def unwrapped(state: Mapping[str, Tensor]) -> State:
+    """Without what DistributedDataParallel and torch.compile put before the names."""
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): t for name, t in state.items()}
+
+
 def to_laclip(state: Mapping[str, Tensor]) -> State:
     """Converts another project's state dict, whose format its keys tell, to this project's.
 
     Raises ValueError where the format is unknown or keys are left over.
     """
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    kind = detect_format(state)
+    kind, state = detect_format(state), unwrapped(state)
     known = {name: tensor for name, tensor in state.items() if not _IGNORED.fullmatch(name)}
     if kind == "hugging_face":
         known = _join_qkv(known)
@@ -311,13 +315,21 @@ def hugging_face_config(config: "ModelConfig", vocab_size: int, eot_token: int) 
 
 
 def read_checkpoint(path: str | Path, option: str = "checkpoint") -> State:
-    """Reads the tensors of a .safetensors file or of a file that torch.save wrote.
+    """Reads the tensors of a .safetensors file, of a file that torch.save wrote, or of a folder.
 
-    Checkpoints with a "state_dict" and argparse's Namespace beside it (LaCLIP's release) are
-    read without running code from the file. Raises FileNotFoundError and ValueError, whose
-    messages begin with the option that named the file.
+    A folder is one that Hugging Face's save_pretrained wrote. Checkpoints with a "state_dict" and
+    argparse's Namespace beside it (LaCLIP's release) are read without running code from the file.
+    Raises FileNotFoundError and ValueError, whose messages begin with the option that named the
+    file.
     """
     path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        if not files:
+            raise FileNotFoundError(
+                f"{option}: no model*.safetensors and no *.bin in folder {path}"
+            )
+        return {k: t for file in files for k, t in read_checkpoint(file, option).items()}
     if not path.is_file():
         raise FileNotFoundError(f"{option}: no file {path}")
     try:

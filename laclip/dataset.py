@@ -8,10 +8,14 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from laclip import _native
+
+if TYPE_CHECKING:
+    from laclip.config import DataConfig
 
 FORMAT = "laclip-dataset"
 VERSION = 1  # of dataset.json and of both sidecars
@@ -313,3 +317,29 @@ def open_dataset(path: str | Path) -> Dataset:
             f"{file}: entry {error} is missing or of the wrong type. "
             f"Run: laclip index {file.parent}"
         ) from None
+
+
+def check_datasets(datasets: list[Dataset], data: "DataConfig", tokenizer: str) -> None:
+    """Raises ValueError where captions cannot be drawn from the datasets as `data` says.
+
+    tokenizer: the fingerprint of the model's.
+    """
+    first = datasets[0]
+    for dataset in datasets:
+        dataset.check_tokenizer(tokenizer)
+        if data.captions == "weights" and dataset.variants != first.variants:
+            raise ValueError(
+                f"data.weights: one a variant, but '{first.path}' has "
+                f"{', '.join(first.variants)} and '{dataset.path}' "
+                f"{', '.join(dataset.variants)}. Run laclip tokenize with them in one order"
+            )
+        if data.captions == "multi" and len(dataset.variants) != len(first.variants):
+            raise ValueError(
+                f"data.captions: 'multi' takes every variant, but '{first.path}' has "
+                f"{len(first.variants)} and '{dataset.path}' {len(dataset.variants)}"
+            )
+    if data.captions == "weights" and len(data.weights) != len(first.variants):
+        raise ValueError(
+            f"data.weights: found {len(data.weights)}, '{first.path}' has {len(first.variants)} "
+            f"variants: {', '.join(first.variants)}"
+        )

@@ -1,12 +1,7 @@
 """DeepSpeed's JSON, completed from the run's TOML, which owns all but ZeRO and its tuning."""
 
-import contextlib
-import ctypes
 import difflib
 import json
-import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,49 +90,3 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     # DeepSpeed's own clock stops the GPU at every forward and every step; ours reads it at none.
     settings.setdefault("timers", {"throughput": {"enabled": False}})
     return settings
-
-
-def prepare_cpu(ranks: Ranks) -> None:
-    """What training on a CPU needs of this process, before DeepSpeed is imported."""
-    # Memory once freed is kept: to give it back and get it anew, zeroed, takes a fifth of a step.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # The launcher's word that all ranks are on one machine. For it DeepSpeed takes 66 MiB a rank of
-    # /dev/shm, which it leaves behind, for an operation of inference that training never calls.
-    os.environ.pop("LOCAL_SIZE", None)
-    built = Path(sys.prefix) / "torch_extensions"  # by requirements/build_deepspeed_op.py
-    if built.is_dir():
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
-    lock = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm" / "lock"
-    if ranks.local_rank == 0 and remove_stale_lock(lock):
-        print(f"laclip: removed '{lock}', which a killed process had left", flush=True)
-
-
-def remove_stale_lock(lock: Path) -> bool:
-    """Delete the lock beside DeepSpeed's operator if its process is no more; whether it did.
-
-    A process that builds or loads the operator holds the file open. One that is killed meanwhile
-    leaves it, and whoever comes next would wait for it without an end. As processes of other
-    machines are not seen, the lock must be older than such work takes.
-    """
-    seconds = 10 if any(lock.parent.glob("*.so")) else 300
-    with contextlib.suppress(FileNotFoundError):
-        while lock.stat().st_uid == os.getuid() and not _is_open(lock):
-            if time.time() - lock.stat().st_mtime > seconds:
-                lock.unlink()
-                return True
-            time.sleep(0.1)
-    return False
-
-
-def _is_open(path: Path) -> bool:
-    """Whether a process of this machine and user has the file open."""
-    wanted = str(path.resolve())
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(link) == wanted:
-                return True
-    return False

@@ -12,7 +12,9 @@ from laclip.convert import detect_format, read_checkpoint, to_laclip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="a .safetensors file, or one of torch.save")
+    parser.add_argument(
+        "file", type=Path, help="a .safetensors file, one of torch.save, or Hugging Face's folder"
+    )
     parser.add_argument("out", type=Path, help="where to write; set model.weights to it")
 
 
@@ -23,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     temporary = args.out.with_name(args.out.name + ".partial")
     torch.save(converted, temporary)
     temporary.rename(args.out)
-    kind = detect_format({name.removeprefix("module."): state[name] for name in state})
+    kind = detect_format(state)
     numbers = sum(tensor.numel() for tensor in converted.values())
     print(f"{args.out}: {numbers / 1e6:.1f} M numbers, from {kind}")
     return 0

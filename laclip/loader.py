@@ -21,7 +21,7 @@ import torch
 from laclip import _native
 from laclip.captions import PackedCaptions
 from laclip.config import DataConfig
-from laclip.dataset import Dataset
+from laclip.dataset import Dataset, check_datasets
 from laclip.images import DecodeError, ImagePipeline
 from laclip.metrics import say
 from laclip.tokenizer import Tokenizer
@@ -107,14 +107,7 @@ class Loader:
                 f"{world_size} ranks; the nearest that does: "
                 f"{max(1, global_batch_size // world_size) * world_size}"
             )
-        for dataset in datasets:
-            dataset.check_tokenizer(tokenizer.fingerprint)
-            if data.captions == "weights" and dataset.variants != datasets[0].variants:
-                raise ValueError(
-                    f"data.weights: one a variant, but '{datasets[0].path}' has "
-                    f"{', '.join(datasets[0].variants)} and '{dataset.path}' "
-                    f"{', '.join(dataset.variants)}. Run laclip tokenize with them in one order"
-                )
+        check_datasets(datasets, data, tokenizer.fingerprint)
         options = reader_options(data, tokenizer, context_length)
         options.pad_captions = pad_captions
         options.seed = seed

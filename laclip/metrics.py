@@ -3,11 +3,14 @@
 import contextlib
 import errno
 import json
+import math
+import mmap
 import os
 import resource
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,27 @@ def say(text: str, end: str = "\n") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def json_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON, which has no NaN and no infinity: null stands for them."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def import_wandb() -> Any:
+    """The package. Raises ValueError where it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "log.wandb_project is set, but the package wandb is not installed. "
+            "Run: pip install 'laclip[wandb]'"
+        ) from None
+    return wandb
+
+
 class MetricsWriter:
     """Appends one record a step to FOLDER/metrics.jsonl and mirrors it to the trackers.
 
@@ -32,12 +56,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, *, next_step: int, tensorboard: bool, wandb_project: str):
         self.path = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(folder) if record["step"] < next_step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        if not self.path.exists() or self.path.read_text() != text:
-            temporary = self.path.with_suffix(".partial")  # a full disk must not cost the old ones
-            temporary.write_text(text)
-            temporary.rename(self.path)
+        _drop_records(self.path, next_step)
         self._file = self.path.open("ab", buffering=0)
         self._tensorboard: Any = None
         self._events = str(folder / "tensorboard") if tensorboard else ""
@@ -47,17 +66,10 @@ class MetricsWriter:
 
             self._tensorboard = SummaryWriter(self._events, purge_step=next_step)
         if wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError(
-                    "log.wandb_project is set, but the package wandb is not installed. "
-                    "Run: pip install 'laclip[wandb]'"
-                ) from None
             identity = folder / "wandb_id"  # a run that goes on does so there, too
             if not identity.exists():
                 identity.write_text(secrets.token_hex(4))
-            self._wandb = wandb.init(
+            self._wandb = import_wandb().init(
                 project=wandb_project,
                 name=folder.name,
                 dir=str(folder),
@@ -67,7 +79,7 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """record: `step` and numbers, or flat dictionaries of numbers."""
-        line = json.dumps(record).encode() + b"\n"
+        line = json_line(record).encode()
         begin = self._file.seek(0, os.SEEK_END)
         written = True
         try:
@@ -108,20 +120,35 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """The records of FOLDER/metrics.jsonl; a last line that a killed run left half is dropped."""
     path = folder / "metrics.jsonl"
     if not path.exists():
-        return []
-    lines = path.read_text(errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise ValueError(f"'{path}' line {number + 1} is not JSON: {line[:80]!r}") from None
-    return records
+        return
+    with path.open(errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                if next(lines, None) is None:
+                    return
+                raise ValueError(f"'{path}' line {number} is not JSON: {line[:80]!r}") from None
+            yield record
+
+
+def _drop_records(path: Path, next_step: int) -> None:
+    """Cut off the records from next_step on, and a last line that a killed run left half."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.rfind(b"\n") + 1
+        while end:
+            begin = text.rfind(b"\n", 0, end - 1) + 1
+            with contextlib.suppress(ValueError):
+                if json.loads(text[begin:end])["step"] < next_step:
+                    break
+            end = begin
+        file.truncate(end)
 
 
 def variant_shares(names: tuple[str, ...], counts: np.ndarray) -> dict[str, float]:

@@ -405,6 +405,11 @@ def check_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> None
         raise ValueError(
             f"model.vision.patch_dropout: found {vision.patch_dropout}, expected 0 <= share < 1"
         )
+    if text.context_length < 3:
+        raise ValueError(
+            f"model.text.context_length: found {text.context_length}, expected 3 or more: the "
+            "start, a token, the end"
+        )
     if text.pool not in ("eot", "last"):
         raise ValueError(f"model.text.pool: found {text.pool!r}, expected eot or last")
     if not 0 <= eot_token < vocab_size:

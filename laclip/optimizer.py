@@ -2,9 +2,13 @@
 
 import math
 import re
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from laclip.config import Config
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
@@ -16,7 +20,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     the final norms, the projections and the logits' scale keep the full rate.
 
     Returns groups with "params", "names", "weight_decay" and "lr_scale": set a group's rate to
-    learning_rate(...) * group["lr_scale"].
+    schedule.rate(step) * group["lr_scale"].
     """
     depths = {
         prefix: len(blocks)
@@ -63,16 +67,40 @@ def build_optimizer(
     )
 
 
-def learning_rate(
-    step: int, *, peak: float, start: float, end: float, warmup_steps: int, total_steps: int
-) -> float:
-    """The rate of a step (from 0): linear from start to peak, then cosine to end.
+class Schedule(NamedTuple):
+    """The learning rate of each step, from 0: linear from start to peak, then cosine to end.
 
     It is start at step 0, peak at warmup_steps, and end from total_steps on.
     """
-    if step < warmup_steps:
-        return start + (peak - start) * step / warmup_steps
-    if step >= total_steps:
-        return end
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    peak: float
+    start: float
+    end: float
+    warmup_steps: int
+    total_steps: int
+
+    def rate(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.start + (self.peak - self.start) * step / self.warmup_steps
+        if step >= self.total_steps:
+            return self.end
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def schedule_of(config: "Config", num_samples: int) -> Schedule:
+    """The schedule of a run over so many samples. Raises ValueError where they make no step."""
+    batch, rates = config.train.global_batch_size, config.optimizer
+    if batch > num_samples:
+        raise ValueError(
+            f"train.global_batch_size: {batch:,} is more than the {num_samples:,} samples of "
+            "data.train. Lower it, or give more data"
+        )
+    total_steps = config.train.steps or round(config.train.epochs * num_samples / batch)
+    if total_steps < 1:
+        raise ValueError(
+            f"train.epochs, train.steps: {num_samples:,} samples in batches of {batch:,} for "
+            f"{config.train.epochs:g} epochs make no step. Give more of either"
+        )
+    warmup_steps = rates.warmup_steps or round(rates.warmup_epochs * num_samples / batch)
+    return Schedule(rates.lr, rates.start_lr, rates.end_lr, warmup_steps, total_steps)

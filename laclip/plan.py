@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from laclip.captions import pack
 from laclip.config import Config, ModelConfig, add_set_option, load_config
-from laclip.dataset import CAPTION_MISSING, POSITION_MASK, Dataset, open_dataset
+from laclip.dataset import CAPTION_MISSING, POSITION_MASK, Dataset, check_datasets, open_dataset
 from laclip.engine_settings import engine_settings
 from laclip.flops import PEAK_FLOPS, peak_flops, training_flops
 from laclip.metrics import duration
 from laclip.model import CLIP, build_model, set_recomputation
+from laclip.optimizer import schedule_of
 from laclip.parallel import Ranks
 from laclip.tokenizer import Tokenizer, load_tokenizer
 
@@ -108,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     settings = engine_settings(Path(args.deepspeed_config), config, ranks)
     tokenizer = load_tokenizer(config.data.tokenizer)
     samples = find_samples(config, args.samples, tokenizer)
+    steps = schedule_of(config, samples.total).total_steps
     vocabulary = tokenizer.vocab_size, tokenizer.eot_token
     with torch.device("meta"):
         model = build_model(config.model, *vocabulary, config.train.loss == "siglip")
@@ -122,13 +124,6 @@ def run(args: argparse.Namespace) -> int:
     items = memory(chosen, micro)
     fits = sum(items.values()) <= 1e9 * args.memory
     image, text = (sum(p.numel() for p in t.parameters()) / 1e6 for t in (model.image, model.text))
-    steps = count_steps(config, samples)
-    if not steps:
-        raise ValueError(
-            f"train.epochs, train.steps: {samples.total:,} samples in batches of "
-            f"{config.train.global_batch_size} for {config.train.epochs:g} epochs make no step. "
-            "Give more of either"
-        )
     assumed = "" if samples.image_bytes else " (assumed: the data is not here)"
     print(
         f"model    {image + text:.1f} M parameters (image {image:.1f}, text {text:.1f}), "
@@ -150,11 +145,13 @@ def run(args: argparse.Namespace) -> int:
         largest = (n for n in sizes if sum(memory(how, n).values()) <= 1e9 * args.memory)
         print(f"  {how:12}{next(largest, 'not even 1'):>11}")
     parts = local // micro
-    print(f"\n{_time(config, samples, args, parts)}\n{_disk(config, settings, model)}")
+    print(f"\n{_time(config, samples, steps, args, parts)}\n{_disk(config, settings, model)}")
     return 0 if fits else 1
 
 
-def _time(config: Config, samples: Samples, args: argparse.Namespace, parts: int) -> str:
+def _time(
+    config: Config, samples: Samples, steps: int, args: argparse.Namespace, parts: int
+) -> str:
     """The lines about time, and about what is read in it."""
     peak = peak_flops(args.gpu)
     if peak is None:
@@ -162,7 +159,7 @@ def _time(config: Config, samples: Samples, args: argparse.Namespace, parts: int
     if config.train.precision == "fp32":
         return "time     not known in fp32: the peaks are those of half precision"
     rate = args.mfu * peak / flops_done(config, samples, parts)
-    pairs = count_steps(config, samples) * config.train.global_batch_size
+    pairs = steps * config.train.global_batch_size
     line = (
         f"time     {duration(pairs / (rate * args.gpus))} for the steps, {rate:,.0f} pairs/s a GPU"
         f": assumed {100 * args.mfu:g} % of {args.gpu}'s {peak / 1e12:g} TFLOP/s"
@@ -190,11 +187,6 @@ def checkpoint_bytes(settings: dict[str, Any], model: CLIP) -> int:
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     apart = (weights - trained) * (stage >= 2)
     return 4 * (weights * (stage < 3) + apart + trained * (3 if stage else 2))
-
-
-def count_steps(config: Config, samples: Samples) -> int:
-    batch = config.train.global_batch_size
-    return config.train.steps or round(config.train.epochs * samples.total / batch)
 
 
 def flops_done(config: Config, samples: Samples, parts: int) -> float:
@@ -230,6 +222,7 @@ def find_samples(config: Config, count: int | None, tokenizer: Tokenizer) -> Sam
         datasets = [open_dataset(path) for path in data.train]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. Without it: --samples N") from None
+    check_datasets(datasets, data, tokenizer.fingerprint)
     lengths, sizes = zip(*(_looked_at(dataset, config, tokenizer) for dataset in datasets))
     weights = [dataset.num_samples for dataset in datasets]
     variants = max(len(dataset.variants) for dataset in datasets)
@@ -243,16 +236,10 @@ def find_samples(config: Config, count: int | None, tokenizer: Tokenizer) -> Sam
 
 def _looked_at(dataset: Dataset, config: Config, tokenizer: Tokenizer) -> tuple[float, float]:
     """Mean tokens of a caption as the policy draws them, and mean bytes of an image."""
-    dataset.check_tokenizer(tokenizer.fingerprint)
     ends_of_text = 1 if tokenizer.sot_token is None else 2
     variants = len(dataset.variants)
     weights = {"original": [1.0] + [0.0] * (variants - 1), "weights": list(config.data.weights)}
     policy = weights.get(config.data.captions, [1.0] * variants)
-    if len(policy) != variants:
-        raise ValueError(
-            f"data.weights: found {len(policy)}, '{dataset.path}' has {variants} variants: "
-            f"{', '.join(dataset.variants)}"
-        )
     tokens, sizes = [], []
     shards = np.linspace(0, len(dataset.shards) - 1, min(LOOKED_AT, len(dataset.shards)))
     for shard in shards.round().astype(int):

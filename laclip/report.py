@@ -4,7 +4,11 @@ import argparse
 import html
 import io
 import json
+import math
 import tomllib
+from array import array
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +86,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+class History:
+    """What the page shows of metrics.jsonl, whose rows may be millions."""
+
+    def __init__(self, folder: Path):
+        self.seconds_a_pair = 0.0  # the sum of all rows
+        self.last: dict[str, Any] = {}
+        self.steps = array("d")
+        self.curves = {key: array("d") for key, *_ in _CURVES}  # NaN where a row has no number
+        self.scores: list[tuple[int, dict[str, float]]] = []  # steps done, main score of each task
+        self.variants: Counter[str] = Counter()  # sums of their shares
+        for record in read_metrics(folder):
+            self.last = record
+            self.seconds_a_pair += 1 / record["images_per_second"]
+            self.steps.append(record["step"])
+            for key, values in self.curves.items():
+                value = record.get(key)
+                values.append(math.nan if value is None else value)
+            for name, share in record.get("variants", {}).items():
+                self.variants[name] += share
+            if "scores" in record:
+                self.scores.append((record["step"] + 1, record["scores"]))
+
+
 def render_report(folder: Path) -> str:
     """The page's text. Missing parts (a run that is not finished) are left out."""
-    records = read_metrics(folder)
+    history = History(folder)
     config = (folder / "config.toml").read_text() if (folder / "config.toml").exists() else ""
     status = _read_json(folder / "status.json")
     parts = [
@@ -92,18 +119,22 @@ def render_report(folder: Path) -> str:
         '<meta name=viewport content="width=device-width">',
         f"<title>{html.escape(folder.name)} - laclip</title><style>{_STYLE}</style>",
         f"<h1>{html.escape(folder.name)}</h1>",
-        f"<p class=soft>{html.escape(_summary(records, status, config))}</p>",
+        f"<p class=soft>{html.escape(_summary(history, status, config))}</p>",
     ]
     scores = _read_json(folder / "scores.json")
     if scores:
         parts += ["<h2>Held-out scores</h2>", _score_table(scores)]
-    if len(records) > 1:
-        figures = "".join(_curve(records, *curve) for curve in _CURVES if curve[0] in records[-1])
-        figures += _score_curves(records, scores)
+    if len(history.steps) > 1:
+        steps = np.asarray(history.steps)
+        figures = "".join(
+            _curve(steps, np.asarray(history.curves[curve[0]]), *curve)
+            for curve in _CURVES
+            if curve[0] in history.last
+        )
+        figures += _score_curves(history, scores)
         parts += ["<h2>Training</h2>", f"<div class=curves>{figures}</div>"]
-        shares = records[-1].get("variants")
-        if shares:
-            parts += ["<h2>Captions drawn</h2>", _variant_table(records)]
+        if history.variants:
+            parts += ["<h2>Captions drawn</h2>", _variant_table(history)]
     examples = _read_json(folder / "examples.json")
     for name, cards in examples.items():
         parts += [
@@ -112,7 +143,10 @@ def render_report(folder: Path) -> str:
         ]
     bad = folder / "bad_samples.jsonl"
     if bad.exists():
-        parts += ["<h2>Bad samples</h2>", f"<pre>{html.escape(bad.read_text())}</pre>"]
+        with bad.open() as file:
+            text, more = "".join(islice(file, 1000)), sum(1 for _ in file)
+        text += f"and {more:,} more in {bad.name}" if more else ""
+        parts += ["<h2>Bad samples</h2>", f"<pre>{html.escape(text)}</pre>"]
     if config:
         parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
     return "\n".join(parts) + "\n"
@@ -123,19 +157,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(text) if text else {}  # empty where the machine lost power
 
 
-def _summary(records: list[dict], status: dict, config: str) -> str:
+def _summary(history: History, status: dict, config: str) -> str:
     texts = [status.get("state", "")]
     if status.get("reason"):
         texts.append(status["reason"])
-    if records:
-        first, last = records[0], records[-1]
+    if history.steps:
+        steps, losses = history.last["step"] + 1, history.curves["loss"]
         batch = tomllib.loads(config)["train"]["global_batch_size"] if config else 0
         # Of the steps that were logged, as if all were like them.
-        steps = (last["step"] + 1) / len(records)
-        seconds = steps * sum(batch / record["images_per_second"] for record in records)
+        seconds = steps / len(history.steps) * batch * history.seconds_a_pair
         texts += [
-            f"{last['step'] + 1:,} steps of {batch}",
-            f"loss {first['loss']:.3f} to {last['loss']:.3f}",
+            f"{steps:,} steps of {batch}",
+            f"loss {losses[0]:.3f} to {losses[-1]:.3f}",
             f"trained for {duration(seconds)}",
         ]
     if status.get("time"):
@@ -157,43 +190,40 @@ def _score_table(scores: dict[str, dict[str, float]]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _variant_table(records: list[dict]) -> str:
-    names = records[-1]["variants"]
-    shares = {name: sum(r["variants"][name] for r in records) / len(records) for name in names}
-    rows = "".join(f"<tr><td>{html.escape(n)}<td>{share:.1%}</tr>" for n, share in shares.items())
+def _variant_table(history: History) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}<td>{total / len(history.steps):.1%}</tr>"
+        for name, total in history.variants.items()
+    )
     return f"<table><tr><th>Variant<th>Share</tr>{rows}</table>"
 
 
-def _score_curves(records: list[dict], scores: dict[str, dict]) -> str:
+def _score_curves(history: History, scores: dict[str, dict]) -> str:
     """The main score of each held-out task, where the run was scored on its way."""
-    history = [(r["step"] + 1, r["scores"]) for r in records if "scores" in r]
-    if history and scores:
-        last = {name: main_score(score) for name, score in scores.items()}
-        history.append((records[-1]["step"] + 1, last))
+    scored = list(history.scores)
+    if scored and scores:
+        end = {name: main_score(score) for name, score in scores.items()}
+        scored.append((history.last["step"] + 1, end))
     figures = ""
-    for name in dict.fromkeys(name for _, scored in history for name in scored):
-        points = [{"step": n, "score": scored[name]} for n, scored in history if name in scored]
-        figures += _curve(points, "score", f"Held-out score: {name}", False)
+    for name in dict.fromkeys(name for _, values in scored for name in values):
+        points = np.array([(step, values[name]) for step, values in scored if name in values])
+        figures += _curve(points[:, 0], points[:, 1], "score", f"Held-out score: {name}", False)
     return figures
 
 
-def _curve(records: list[dict], key: str, title: str, noisy: bool) -> str:
+def _curve(steps: np.ndarray, values: np.ndarray, key: str, title: str, noisy: bool) -> str:
     from matplotlib.figure import Figure
 
-    records = [record for record in records if key in record]
-    steps = [record["step"] for record in records]
-    values = [record[key] for record in records]
     figure = Figure(figsize=(4.2, 2.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(
-        steps,
-        values,
+        *_thinned(steps, values),
         color="#9db8d6" if noisy else "#1f5fa8",
         linewidth=1,
         marker="." if len(steps) < 40 else "",
     )
     if noisy:
-        axes.plot(steps, _smooth(values), color="#1f5fa8", linewidth=1.6)
+        axes.plot(*_thinned(steps, _smooth(values)), color="#1f5fa8", linewidth=1.6)
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
@@ -207,7 +237,21 @@ def _curve(records: list[dict], key: str, title: str, noisy: bool) -> str:
     return text[text.index("<svg") :]
 
 
-def _smooth(values: list[float]) -> np.ndarray:
+def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of 1000 columns the lowest and the highest value: what a picture shows of them all.
+
+    A column without any number keeps its gap.
+    """
+    columns = np.searchsorted(steps, np.linspace(steps[0], steps[-1], 1001)[1:-1])
+    low, high = (np.where(np.isfinite(values), values, sign * np.inf) for sign in (1, -1))
+    kept = {0, len(steps) - 1}
+    for part in filter(len, np.split(np.arange(len(steps)), columns)):
+        kept |= {part[low[part].argmin()], part[high[part].argmax()]}
+    order = sorted(kept)
+    return steps[order], values[order]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
     """Means over a centred window of a twentieth of the run; steps that were skipped have NaN."""
     half, index, found = max(1, len(values) // 40), np.arange(len(values)), np.isfinite(values)
     first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))

@@ -11,18 +11,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from laclip.config import Config, differences, dump_config, flatten, load_config
+from laclip.config import Config, differences, load_config
 from laclip.metrics import say
 from laclip.parallel import JointError, Ranks, from_first, raise_on_all
+from laclip.typed_toml import dump, flatten
 
 _FIRST = {".lock", "config.toml.partial"}  # all that a full disk may leave of a start
 
 
 def claim_folder(
-    folder: Path, config: Config, settings: dict[str, Any], ranks: Ranks, resume: bool
+    folder: Path, config: Config, read: dict[str, Any], ranks: Ranks, resume: bool
 ) -> Any:
-    """Decide what the run's folder means for this run; all ranks agree. Returns the held lock."""
-    _require_alike(flatten(config) | flatten(settings, "deepspeed_config."))
+    """Decide what the run's folder means for this run; all ranks agree. Returns the held lock.
+
+    read: what the ranks have read beside the configuration, which must be the same on all.
+    """
+    _require_alike(flatten(config) | flatten(read))
     error, lock = None, None
     if ranks.is_first:
         try:
@@ -54,6 +58,7 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
     status = _read_status(folder)
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if status.get("state") == "finished" and not resume:
+        _take_lock(folder).close()  # held while a job still writes its report
         number = 1
         while folder.with_name(f"{folder.name}.{number}").exists():
             number += 1
@@ -64,11 +69,7 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
             f"run.folder: '{folder}' holds files but no run. Choose another: --set run.folder=..."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"run.folder: another job is running in '{folder}'") from None
+    lock = _take_lock(folder)
     stored = folder / "config.toml"
     if stored.exists():
         changed = differences(load_config(stored), config)
@@ -81,11 +82,20 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
             )
     temporary = folder / "config.toml.partial"
     with temporary.open("w") as file:
-        file.write(dump_config(config))
+        file.write(dump(config))
         file.flush()
         os.fsync(file.fileno())  # without it the run could not go on where the machine loses power
     temporary.rename(stored)
     write_status(folder, "running", None)
+    return lock
+
+
+def _take_lock(folder: Path) -> Any:
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"run.folder: another job is running in '{folder}'") from None
     return lock
 
 

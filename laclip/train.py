@@ -5,7 +5,6 @@ deepspeed laclip/train.py --deepspeed_config configs/deepspeed/zero1.json [--con
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import shlex
@@ -13,7 +12,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +34,24 @@ from laclip.checkpoint import (
     save_weights,
 )
 from laclip.config import Config, add_set_option, load_config
-from laclip.dataset import Dataset, open_dataset
-from laclip.engine_settings import engine_settings, prepare_cpu
+from laclip.dataset import Dataset, check_datasets, open_dataset
+from laclip.engine import connect, start_engine, whole_weights
+from laclip.engine_settings import engine_settings
 from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization
 from laclip.loader import DataError, LoadedBatch, Loader
-from laclip.metrics import MetricsWriter, Progress, duration, peak_memory_mib, say, variant_shares
-from laclip.model import CLIP, build_model, compile_blocks, load_weights
-from laclip.optimizer import build_optimizer, learning_rate
+from laclip.metrics import (
+    MetricsWriter,
+    Progress,
+    duration,
+    import_wandb,
+    json_line,
+    peak_memory_mib,
+    say,
+    variant_shares,
+)
+from laclip.model import CLIP, build_model, load_weights
+from laclip.optimizer import Schedule, schedule_of
 from laclip.parallel import (
     FAREWELL,
     JointError,
@@ -52,7 +60,6 @@ from laclip.parallel import (
     from_first,
     gather_objects,
     meet,
-    set_timeouts,
     start_sum,
 )
 from laclip.report import score_table, write_report
@@ -118,17 +125,46 @@ def read_config(args: argparse.Namespace) -> Config:
     return replace(config, run=replace(config.run, folder=str(folder)))
 
 
+def check_abilities(config: Config, ranks: Ranks) -> None:
+    """Raise ValueError for what the first step would find out, when much had been started."""
+    attention, cpu = config.model.attention, ranks.device.type == "cpu"
+    if cpu and attention != "sdpa":
+        raise ValueError(
+            f"model.attention: {attention} computes on a GPU alone, and this rank has none. Set "
+            'model.attention = "sdpa"'
+        )
+    if attention != "sdpa" and config.train.precision == "fp32":
+        raise ValueError(
+            f"model.attention: {attention} computes in bf16 and fp16, train.precision is fp32. Set "
+            'it to "bf16", or model.attention to "sdpa"'
+        )
+    if cpu and config.train.loss_implementation == "triton":
+        raise ValueError(
+            "train.loss_implementation: triton computes on a GPU alone, and this rank has none. "
+            'Set it to "auto"'
+        )
+    if config.model.embed_dim % 8:
+        raise ValueError(
+            f"model.embed_dim: found {config.model.embed_dim}, the losses need a multiple of 8"
+        )
+    if ranks.is_first and config.log.wandb_project:
+        import_wandb()
+
+
 def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     settings = engine_settings(deepspeed_json, config, ranks)
+    check_abilities(config, ranks)
     if not config.data.train:
         raise ValueError("data.train: no dataset given. Set it to a dataset's folder, or several")
-    if ranks.device.type == "cpu" and config.model.attention != "sdpa":
-        raise ValueError(
-            f"model.attention: {config.model.attention} computes on a GPU alone, and this rank has "
-            'none. Set model.attention = "sdpa"'
-        )
     datasets = [open_dataset(path) for path in config.data.train]
+    check_datasets(datasets, config.data, tokenizer.fingerprint)
+    schedule = schedule_of(config, sum(dataset.num_samples for dataset in datasets))
+    if ranks.is_first and schedule.warmup_steps >= schedule.total_steps:
+        say(
+            f"laclip: a warm-up of {schedule.warmup_steps:,} steps, the run makes "
+            f"{schedule.total_steps:,}: it ends below optimizer.lr"
+        )
     for name, task in config.evaluation.tasks.items():  # a mistake must not wait for the end
         with named(name):
             check_task(task, tokenizer)
@@ -141,7 +177,9 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     connect(config, ranks)
     catch_signals()
     folder = Path(config.run.folder)
-    _lock = claim_folder(folder, config, settings, ranks, resume)
+    fingerprints = {path: d.fingerprint for path, d in zip(config.data.train, datasets)}
+    read = {"deepspeed_config": settings, "fingerprint": fingerprints}
+    _lock = claim_folder(folder, config, read, ranks, resume)
 
     def give_up(reason: str, report: bool) -> None:
         """In the watchdog's thread, as the main one may wait for a rank that is no more."""
@@ -153,7 +191,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     seconds, orphaned = 60 * config.run.timeout_minutes, lambda: stops.add(STOPS[-1])
     with Watchdog(ranks, seconds, give_up, orphaned) as watchdog:
         try:
-            stopped = run(config, settings, ranks, model, tokenizer, datasets, watchdog)
+            stopped = run(config, settings, ranks, model, tokenizer, datasets, schedule, watchdog)
         except Exception as error:
             if ranks.is_first:
                 step = newest_step(folder / "checkpoints")
@@ -167,48 +205,6 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
         dist.barrier()  # a rank that leaves while others still talk to it can take them down
 
 
-def connect(config: Config, ranks: Ranks) -> None:
-    """Connect the ranks through DeepSpeed."""
-    if ranks.device.type == "cpu":
-        prepare_cpu(ranks)
-    # DeepSpeed calls functions that torch has renamed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    import deepspeed  # slow to import: mistakes are reported before
-    from deepspeed.comm.torch import build_shm_op
-
-    build_shm_op()  # on a CPU; what fails on one rank fails while the others still listen
-    timeout = datetime.timedelta(minutes=config.run.timeout_minutes + 1)
-    _store = meet(ranks, timeout)
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
-
-
-def start_engine(model: CLIP, config: Config, settings: dict[str, Any], ranks: Ranks) -> Any:
-    """The model under DeepSpeed's engine, with its optimizer."""
-    import deepspeed
-
-    model.to(ranks.device)
-    if config.train.precision != "fp32":
-        # Under autocast inside the engine parameters stay fp32, logit_scale among them: the
-        # engine's own bf16 would round it by up to 3 %.
-        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
-        model.forward = torch.autocast(ranks.device.type, precision)(model.forward)  # type: ignore
-    if config.train.compile:
-        compile_blocks(model)
-    optimizer = build_optimizer(
-        model,
-        learning_rate=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        layer_decay=config.optimizer.layer_decay,
-    )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    # Longer than the watchdog's, which knows the reason.
-    set_timeouts(config.run.timeout_minutes + 1)
-    return engine
-
-
 def run(
     config: Config,
     settings: dict[str, Any],
@@ -216,6 +212,7 @@ def run(
     model: CLIP,
     tokenizer: Tokenizer,
     datasets: list[Dataset],
+    schedule: Schedule,
     watchdog: Watchdog,
 ) -> str:
     """Train to the end ("" is returned) or until a stop is asked for (its reason)."""
@@ -257,19 +254,7 @@ def run(
     )
     variants = max((dataset.variants for dataset in datasets), key=len)
     batch_size = config.train.global_batch_size
-    total_steps = config.train.steps or round(config.train.epochs * loader.num_samples / batch_size)
-    warmup_steps = config.optimizer.warmup_steps or round(
-        config.optimizer.warmup_epochs * loader.num_samples / batch_size
-    )
-    if total_steps < 1:
-        raise JointError(
-            f"train.epochs, train.steps: {loader.num_samples} samples in batches of {batch_size} "
-            f"for {config.train.epochs:g} epochs make no step. Give more of either"
-        )
-    if batch_size > loader.num_samples:
-        raise JointError(
-            f"train.global_batch_size: {batch_size} is more than the {loader.num_samples} samples"
-        )
+    total_steps = schedule.total_steps
     step = saved_step = state["step"]
     best = from_first(best_score(checkpoints) if ranks.is_first else None)
     loss_scale = LossScale(config.train.precision, *([state["loss_scale"]] if found else []))
@@ -281,8 +266,6 @@ def run(
             f"{ranks.world_size} {ranks.device.type.upper()} rank(s), ZeRO-{stage}, "
             f"{config.train.precision}" + (f"; going on at step {step}" if found else "")
         )
-        if warmup_steps >= total_steps:
-            say(f"laclip: a warm-up of {warmup_steps} steps: the run ends below optimizer.lr")
         writer = MetricsWriter(
             folder,
             next_step=step,
@@ -316,14 +299,7 @@ def run(
                 *np.bincount(batch.drawn_variants, minlength=len(variants)),
             ]
         )
-        rate = learning_rate(
-            step,
-            peak=config.optimizer.lr,
-            start=config.optimizer.start_lr,
-            end=config.optimizer.end_lr,
-            warmup_steps=warmup_steps,
-            total_steps=total_steps,
-        )
+        rate = schedule.rate(step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         result = train_step(engine, batch, config, ranks, stage, loss_scale, prepare_next)
@@ -397,7 +373,8 @@ def run(
             else:
                 saved_step, best = step, best if score is None else max(best, score)
                 if ranks.is_first:
-                    prune_checkpoints(checkpoints, config.checkpoint.keep)
+                    for problem in prune_checkpoints(checkpoints, config.checkpoint.keep):
+                        say(f"\nlaclip: {problem}")
                     write_status(folder, "running", step)
     if ranks.is_first:
         progress.end_line()
@@ -419,7 +396,7 @@ def log_skipped(
         record = {"step": step, "loss": loss, "samples": [name for part in names for name in part]}
         try:
             with (folder / "skipped_steps.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json_line(record))
         except OSError as error:
             say(f"\nlaclip: the samples of the skipped step {step} are lost: {error}")
 
@@ -463,14 +440,12 @@ def finish(
     step: int,
 ) -> None:
     """Write the weights, score the held-out sets, write the report."""
-    import deepspeed
-
     folder = Path(config.run.folder)
     watchdog.doing("writing the weights")
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
-        if ranks.is_first:
-            weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
-            save_weights(weights, folder / "model.pt")
+    weights = whole_weights(model, stage, ranks)
+    if ranks.is_first:
+        save_weights(weights, folder / "model.pt")
+    del weights
     begin = time.perf_counter()
     scores, examples = score_tasks(engine, config, tokenizer, ranks, watchdog)
     if not ranks.is_first:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import laclip.train
+import laclip.engine
 from laclip.captions import pack
 from laclip.checkpoint import fit_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from laclip.config import load_config
@@ -83,7 +83,7 @@ def start(config, stage, ranks, universal=False):
     path = ROOT / f"configs/deepspeed/zero{stage}.json"
     settings = engine_settings(path, config, ranks)
     settings["checkpoint"] = {"load_universal": universal}
-    return laclip.train.start_engine(new_model(config), config, settings, ranks)
+    return laclip.engine.start_engine(new_model(config), config, settings, ranks)
 
 
 def weights(engine, stage) -> dict[str, torch.Tensor]:
@@ -124,8 +124,8 @@ def run_matrix(ranks) -> dict:
 
 def run_shapes(ranks, micro_batch_sizes) -> dict:
     """Plain gradient descent, as AdamW would hide a gradient of the wrong size."""
-    build_optimizer = laclip.train.build_optimizer
-    laclip.train.build_optimizer = lambda model, **_: torch.optim.SGD(model.parameters())
+    build_optimizer = laclip.engine.build_optimizer
+    laclip.engine.build_optimizer = lambda model, **_: torch.optim.SGD(model.parameters())
     found = {}
     for stage in STAGES:
         for size in micro_batch_sizes:
@@ -133,7 +133,7 @@ def run_shapes(ranks, micro_batch_sizes) -> dict:
             engine = start(config, stage, ranks)
             steps = train(engine, config, stage, ranks, range(SHAPE_STEPS))
             found[stage, ranks.world_size, size] = steps, weights(engine, stage)
-    laclip.train.build_optimizer = build_optimizer
+    laclip.engine.build_optimizer = build_optimizer
     return found
 
 
@@ -240,7 +240,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     ranks = find_ranks()
-    laclip.train.connect(configure(), ranks)
+    laclip.engine.connect(configure(), ranks)
     found = {"elastic": run_elastic(ranks, folder)}
     if ranks.world_size == 1:
         try:

@@ -19,12 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 from laclip.captions import pack
 from laclip.checkpoint import save_checkpoint
 from laclip.config import load_config
+from laclip.engine import connect, start_engine
 from laclip.engine_settings import engine_settings
 from laclip.loader import LoadedBatch
 from laclip.model import build_model
 from laclip.parallel import find_ranks
 from laclip.plan import Samples, checkpoint_bytes, count_kept, gpu_memory
-from laclip.train import connect, start_engine
 from laclip.train_step import LossScale, train_step
 
 VOCABULARY, EOT, TOKENS = 2000, 1999, 16

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from laclip.cli import main
-from laclip.config import dump_config, load_config
+from laclip.config import load_config
 from laclip.evaluation.prompts import FOLDER
 from laclip.images import ImagePipeline
 from laclip.kernels import clip_loss
 from laclip.model import build_model
 from laclip.tokenizer import load_tokenizer
+from laclip.typed_toml import dump
 
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji"
 SETTINGS = [
@@ -68,7 +69,7 @@ def write_run(folder, *overrides, drawings=None, steps=120):
     """A run's folder with a small model, trained on drawings if there are any."""
     config = load_config(None, [*SETTINGS, *overrides])
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(dump_config(config))
+    (folder / "config.toml").write_text(dump(config))
     torch.manual_seed(0)
     model = build_model(config.model, 49408, 49407)
     if drawings:

@@ -50,6 +50,16 @@ def test_the_newest_two_and_the_first_best_are_kept(scores, kept, tmp_path):
     assert best_score(tmp_path) == best and not list(tmp_path.glob("*.partial"))
 
 
+def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path):
+    for step in (1, 2, 3):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    (tmp_path / "step_00000001.partial").touch()  # in the way
+    (problem,) = prune_checkpoints(tmp_path, keep=1)
+    assert "the old checkpoint" in problem and "step_00000001' is not deleted" in problem
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["step_00000001", "step_00000003"]
+
+
 def test_a_damaged_checkpoint_among_the_older_ones_is_no_obstacle(tmp_path):
     for step, text in {1: '{"step": 1, "score": 0.5}', 2: "", 3: '{"step": 3}', 4: "[]"}.items():
         (tmp_path / f"step_{step:08d}").mkdir()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from train_job import ROOT
 
-from laclip.config import PRESETS, Config, differences, dump_config, flatten, load_config
+from laclip.config import PRESETS, Config, differences, load_config
 from laclip.engine_settings import engine_settings
 from laclip.parallel import Ranks
+from laclip.typed_toml import dump, flatten
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path):
@@ -28,7 +29,7 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
     ]
     config = load_config(None, overrides)
     path = tmp_path / "config.toml"
-    path.write_text(dump_config(config))
+    path.write_text(dump(config))
     assert load_config(path) == config
 
 

@@ -179,3 +179,22 @@ def test_buffers_of_older_versions_are_dropped():
     old = convert.from_laclip(state, "hugging_face")
     old["text_model.embeddings.position_ids"] = torch.arange(77)
     assert same(convert.to_laclip(old), state)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_are_found_behind_the_wrappers_of_training(prefix):
+    state = weights("vit_l_14")
+    theirs = convert.from_laclip(state, "open_clip")
+    wrapped = {prefix + name: tensor for name, tensor in theirs.items()}
+    assert convert.detect_format(wrapped) == "open_clip"
+    assert same(convert.to_laclip(wrapped), state)
+
+
+def test_a_folder_is_read_whole(tmp_path):
+    state = convert.from_laclip(weights("vit_l_14"), "hugging_face")
+    with pytest.raises(FileNotFoundError, match=r"no model\*\.safetensors and no .* in folder"):
+        convert.read_checkpoint(tmp_path)
+    for number in (0, 1):
+        part = {name: state[name] for name in sorted(state)[number::2]}
+        torch.save(part, tmp_path / f"pytorch_model-0000{number + 1}-of-00002.bin")
+    assert same(convert.read_checkpoint(tmp_path), state)

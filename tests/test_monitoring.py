@@ -1,16 +1,18 @@
 """What a run reports: metrics.jsonl, TensorBoard, and what the report shows of them."""
 
 import json
+import math
 import resource
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 from train_job import arguments, metrics, run
 
 from laclip.metrics import MetricsWriter, read_metrics, variant_shares
-from laclip.report import _smooth, render_report
+from laclip.report import History, _smooth, _thinned, render_report
 
 # Prints the history that an offline run's file holds, a JSON object a step. The file is a LevelDB
 # log behind 7 bytes: blocks of 32 KiB, records of 4 bytes checksum, 2 length, 1 type, and their
@@ -80,20 +82,70 @@ def test_a_run_that_goes_on_drops_the_records_that_its_checkpoint_does_not_hold(
     assert [r["loss"] for r in read_metrics(tmp_path)] == [0, 0, 2, 2, 2, 2]
 
 
-def test_records_survive_a_disk_that_is_full_when_the_run_goes_on(tmp_path):
+def test_a_run_goes_on_where_the_disk_is_full(tmp_path):
     writer = open_writer(tmp_path)
     for step in range(3):
         writer.write(record(step))
     writer.close()
-    before = (tmp_path / "metrics.jsonl").read_text()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(OSError, match="too large"):
-            open_writer(tmp_path, next_step=2)
+        open_writer(tmp_path, next_step=2).close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 1, "lo', '{"step": 3}\n{"st', "\0\0\0"])
+def test_half_a_line_of_a_killed_run_is_dropped(torn, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record(0)) + "\n" + torn)
+    assert next(read_metrics(tmp_path)) == record(0)
+    open_writer(tmp_path, next_step=1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(record(0)) + "\n"
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn.replace("\n", "") + "\n{}\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl' line 2 is not JSON"):
+        list(read_metrics(tmp_path))
+
+
+def test_numbers_that_are_not_finite_are_null_in_json_and_gaps_in_curves(tmp_path):
+    writer = open_writer(tmp_path)
+    for step, loss in enumerate((1.5, math.nan, math.inf, 2.5)):
+        writer.write(record(step, loss=loss, gradient_norm=loss))
+    writer.close()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    history = History(tmp_path)
+    assert np.isnan(history.curves["loss"]).tolist() == [False, True, True, False]
+    assert "loss 1.500 to 2.500" in render_report(tmp_path)
+
+
+def test_a_report_of_many_rows_reads_them_one_by_one(tmp_path):
+    lines = [json.dumps(record(step)) + "\n" for step in range(20_000)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    del lines
+    tracemalloc.start()
+    history = History(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 5e6  # 60 MB as dictionaries
+    tracemalloc.stop()
+    assert len(history.steps) == 20_000 and history.last["step"] == 19_999
+
+
+def test_thinned_curves_keep_what_is_seen():
+    steps, values = np.arange(100_000.0), np.sin(np.arange(100_000.0) / 5000)
+    values[[70_001, 20_001]] = 7, -3
+    values[50_000:51_000] = math.nan
+    kept_steps, kept = _thinned(steps, values)
+    assert len(kept) <= 2002 and (kept_steps[0], kept_steps[-1]) == (0, 99_999)
+    assert (np.diff(kept_steps) > 0).all()
+    assert np.nanmax(kept) == 7 and np.nanmin(kept) == -3
+    assert np.isnan(kept[(kept_steps > 50_100) & (kept_steps < 50_900)]).all()
+    # Rows that are rare in half of the run keep their places there.
+    uneven = np.concatenate([np.arange(50_000.0), np.arange(50_000.0, 100_000, 100)])
+    kept_steps, _ = _thinned(uneven, uneven)
+    assert set(uneven[50_000:]) <= set(kept_steps)
+    short = np.arange(500.0)
+    assert np.array_equal(_thinned(short, -short), (short, -short))
 
 
 def test_a_tracker_whose_package_is_missing_is_named(tmp_path, monkeypatch):
@@ -148,8 +200,8 @@ def test_scores_on_the_way_are_drawn_where_the_status_was_lost(tmp_path):
 
 
 def test_curves_are_smoothed_over_a_twentieth_of_the_run_without_skipped_steps():
-    assert _smooth([1.0, 2.0, 6.0, 8.0]).tolist() == pytest.approx([1.5, 3, 16 / 3, 7])
-    assert _smooth([1.0, float("nan"), 6.0]).tolist() == pytest.approx([1, 3.5, 6])
+    assert _smooth(np.array([1.0, 2.0, 6.0, 8.0])).tolist() == pytest.approx([1.5, 3, 16 / 3, 7])
+    assert _smooth(np.array([1.0, math.nan, 6.0])).tolist() == pytest.approx([1, 3.5, 6])
     assert _smooth(np.arange(400_000.0))[200_000] == 200_000
 
 

@@ -8,7 +8,7 @@ import torch
 
 from laclip.config import ModelConfig, TextConfig, VisionConfig
 from laclip.model import build_model
-from laclip.optimizer import build_optimizer, learning_rate, parameter_groups
+from laclip.optimizer import Schedule, build_optimizer, parameter_groups
 
 
 def small_model(**options):
@@ -70,7 +70,7 @@ def test_one_step_equals_adamw_by_hand_with_decay_and_rate_of_each_group():
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
-SCHEDULE = {"peak": 1e-3, "start": 1e-6, "end": 1e-5, "warmup_steps": 10, "total_steps": 110}
+SCHEDULE = Schedule(peak=1e-3, start=1e-6, end=1e-5, warmup_steps=10, total_steps=110)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ SCHEDULE = {"peak": 1e-3, "start": 1e-6, "end": 1e-5, "warmup_steps": 10, "total
     ],
 )
 def test_rate_warms_up_linearly_then_follows_a_cosine(step, expected):
-    assert learning_rate(step, **SCHEDULE) == pytest.approx(expected, rel=1e-12)
+    assert SCHEDULE.rate(step) == pytest.approx(expected, rel=1e-12)
 
 
 def test_rate_rises_through_warm_up_and_falls_after_it():
-    rates = [learning_rate(step, **SCHEDULE) for step in range(111)]
+    rates = [SCHEDULE.rate(step) for step in range(111)]
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     drops = [a - b for a, b in itertools.pairwise(rates[10:])]
@@ -97,4 +97,4 @@ def test_rate_rises_through_warm_up_and_falls_after_it():
 
 
 def test_rate_without_warm_up_starts_at_the_peak():
-    assert learning_rate(0, **(SCHEDULE | {"warmup_steps": 0})) == 1e-3
+    assert SCHEDULE._replace(warmup_steps=0).rate(0) == 1e-3

@@ -17,8 +17,9 @@ from laclip.cli import main
 from laclip.config import Config, TrainConfig, load_config
 from laclip.engine_settings import engine_settings
 from laclip.model import build_model
+from laclip.optimizer import schedule_of
 from laclip.parallel import Ranks
-from laclip.plan import Kept, Samples, count_kept, count_steps, flops_done, gpu_memory
+from laclip.plan import Kept, Samples, count_kept, flops_done, gpu_memory
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("[!d]*.toml"))
@@ -114,7 +115,7 @@ def test_a_recipe_says_what_is_planned_for_it(path):
     items = gpu_memory(config, settings, model, samples, kept, gpus, micro)
     assert sum(items.values()) / 1e9 == pytest.approx(size, abs=1)
     parts = settings["gradient_accumulation_steps"]
-    pairs = count_steps(config, samples) * config.train.global_batch_size
+    pairs = schedule_of(config, samples.total).total_steps * config.train.global_batch_size
     seconds = pairs * flops_done(config, samples, parts) / (gpus * 0.4 * 989e12)
     assert seconds / 3600 == pytest.approx(hours, rel=0.04)
 
@@ -181,7 +182,8 @@ def test_captions_and_images_of_data_that_is_here_are_looked_at(capsys, monkeypa
         (["--gpus", "7"], "128 does not divide by the 7 ranks"),
         (["--gpus", "0"], "--gpus: found 0, expected more than 0"),
         (["--samples", "0"], "--samples: found 0, expected more than 0"),
-        (["--samples", "2", "--gpus", "1"], "2 samples in batches of 128 .* make no step"),
+        (["--samples", "2"], "128 is more than the 2 samples"),
+        (["--set", "train.epochs=0.01"], "samples in batches of 128 for 0.01 .* make no step"),
         (["--set", "data.captions=weights", "data.weights=[1,1]"], "has 5 variants"),
         (["--set", "model.vision.patch_size=7"], "no multiple of patch_size"),
     ],

@@ -7,21 +7,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"kernels", "_native", "text_clean", "attention", "captions", "convert", "parallel"},
+    {
+        *("kernels", "_native", "text_clean", "attention", "captions", "convert", "parallel"),
+        "typed_toml",
+    },
     {
         *("config", "model", "tokenizer", "dataset", "images", "optimizer", "checkpoint"),
         *("metrics", "flops", "text_files"),
     },
     {
         *("loader", "evaluation", "report", "prepare", "rewrite"),
-        *("run_folder", "engine_settings", "import_weights", "export_weights"),
+        *("run_folder", "engine", "engine_settings", "import_weights", "export_weights"),
         *("train_step", "watchdog"),
     },
     {"train", "cli", "plan"},
 ]
 # A package that only these modules may import.
 OWNED = {
-    "deepspeed": {"train", "checkpoint"},
+    "deepspeed": {"engine", "checkpoint"},
     "nvidia": {"images"},
     "triton": {"kernels"},
 }

@@ -11,8 +11,9 @@ import pytest
 import torch
 from train_job import environment
 
-from laclip.config import flatten, load_config
+from laclip.config import load_config
 from laclip.model import build_model
+from laclip.typed_toml import flatten
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(

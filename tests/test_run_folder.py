@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from laclip.config import dump_config, load_config
+from laclip.config import load_config
 from laclip.run_folder import open_folder, write_status
 from laclip.train import parse_arguments, read_config
+from laclip.typed_toml import dump
 
 FIRST, SECOND = (load_config(None, [f"optimizer.lr={rate}"]) for rate in ("1e-3", "2e-3"))
 
@@ -35,6 +36,17 @@ def test_a_mistake_that_ended_a_run_before_its_first_step_may_be_mended(folder):
     assert load_config(folder / "config.toml") == SECOND
 
 
+@pytest.mark.parametrize("state", ["running", "finished"])  # its report is still being written
+def test_a_folder_in_which_a_job_runs_is_left_to_it(state, folder):
+    with open_folder(folder, FIRST, False):
+        write_status(folder, state, 8)
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="another job is running in"):
+                open_folder(folder, FIRST, resume)
+    open_folder(folder, FIRST, False).close()
+    assert folder.with_name("run.1").exists() == (state == "finished")
+
+
 def test_a_folder_in_which_a_start_failed_may_be_used(folder):
     folder.mkdir()
     for name in (".lock", "config.toml.partial"):
@@ -52,7 +64,7 @@ def test_the_configuration_is_on_the_disk_before_it_takes_the_old_ones_place(fol
     stored = folder / "config.toml"
     monkeypatch.setattr(os, "fsync", sync)
     open_folder(folder, FIRST, False).close()
-    assert synced == [(dump_config(FIRST), False)] and stored.read_text() == dump_config(FIRST)
+    assert synced == [(dump(FIRST), False)] and stored.read_text() == dump(FIRST)
 
 
 def test_files_of_another_kind_are_left_alone(folder):
@@ -67,6 +79,6 @@ def test_files_of_another_kind_are_left_alone(folder):
 def test_a_folder_of_any_name_is_gone_on_with(name, folder):
     run = folder / name
     run.mkdir(parents=True)
-    (run / "config.toml").write_text(dump_config(FIRST))
+    (run / "config.toml").write_text(dump(FIRST))
     words = ["--deepspeed_config", "zero1.json", "--resume", str(run)]
     assert read_config(parse_arguments(words)).run.folder == str(run)

@@ -313,9 +313,13 @@ BAD_INPUT = {
         "evaluation.tasks.v: 'no/where': there is no such folder",
     ),
     "attention": (["model.attention=xformers"], "xformers computes on a GPU alone"),
+    "loss": (["train.loss_implementation=triton"], "triton computes on a GPU alone"),
+    "embedding": (["model.embed_dim=12"], "found 12, the losses need a multiple of 8"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),
-    "no steps": (["train.steps=0"], "make no step"),
-    "large batch": (["train.global_batch_size=3071"], "3071 is more than the 3070 samples"),
+    "no steps": (["train.steps=0"], "3,070 samples in batches of 32 for 0 epochs make no step"),
+    "large batch": (["train.global_batch_size=3071"], "3,071 is more than the 3,070 samples"),
+    "few weights": (["data.captions=weights", "data.weights=[1]"], "found 1, "),
+    "short captions": (["model.text.context_length=2"], "found 2, expected 3 or more"),
 }
 
 
@@ -326,7 +330,7 @@ def test_mistakes_end_with_code_2_and_a_message(name, tmp_path):
     assert code == 2
     assert re.search(r"^laclip: ", output, re.MULTILINE)
     assert message in output and "Traceback" not in output
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # before any training
+    assert not (tmp_path / "run").exists()  # before the ranks are connected
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from train_job import (
     PATIENCE,
+    ROOT,
     Job,
     arguments,
     environment,
@@ -24,7 +25,7 @@ from train_job import (
     status,
 )
 
-from laclip.engine_settings import remove_stale_lock
+from laclip.engine import remove_stale_lock
 
 # Long enough not to end before it is disturbed.
 LONG = ["train.steps=5000", "checkpoint.every_steps=100000"]
@@ -134,7 +135,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert output.count(f"run.folder: '{tmp_path / 'file' / 'run'}' cannot be used") == 1
 
 
-def test_only_the_lock_of_a_killed_build_is_removed(tmp_path):
+def test_only_the_lock_of_a_killed_build_is_removed(tmp_path, monkeypatch):
     lock = tmp_path / "lock"
     assert not remove_stale_lock(lock)
     (tmp_path / "operator.so").touch()
@@ -146,6 +147,10 @@ def test_only_the_lock_of_a_killed_build_is_removed(tmp_path):
         lock.touch()
         os.utime(lock, (time.time() - age,) * 2)
         assert remove_stale_lock(lock) and not lock.exists()
+    lock.touch()
+    os.utime(lock, (time.time() + 1000,) * 2)  # the clock was set back
+    monkeypatch.delattr(time, "sleep")
+    assert remove_stale_lock(lock)
 
 
 def test_steps_that_are_not_finite_are_logged_and_end_the_run(tmp_path):
@@ -174,12 +179,12 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert not list((folder / "checkpoints").glob("step_*")) and not (folder / "model.pt").exists()
 
 
-def test_a_run_of_one_rank_that_fails_says_so_in_its_status(tmp_path):
-    weights = ["data.captions=weights", "data.weights=[1.0]"]
-    code, output = run(arguments(tmp_path / "run", *weights), check=False)
-    assert code == 2 and "needs one weight for each" in output
+def test_a_run_of_one_rank_that_fails_says_so_in_its_status(emoji_copy, tmp_path):
+    next(emoji_copy.glob("*.captions")).unlink()
+    code, output = run(arguments(tmp_path / "run", f"data.train={emoji_copy}"), check=False)
+    assert code == 2 and ".captions' cannot be opened" in output
     found = status(tmp_path / "run")
-    assert found["state"] == "resumable" and "needs one weight for each" in found["reason"]
+    assert found["state"] == "resumable" and ".captions' cannot be opened" in found["reason"]
 
 
 WATCHED = """
@@ -224,15 +229,28 @@ def test_a_rank_that_fails_before_the_ranks_are_connected_ends_the_job(tmp_path)
     assert "laclip: rank 1 failed: ModuleNotFoundError: import of deepspeed" in outputs[0]
 
 
-def test_ranks_that_read_different_files_do_not_train(tmp_path):
+@pytest.mark.parametrize(
+    ("differs", "reason"),
+    [
+        ("sys.argv += ['optimizer.lr=5e-4'] * rank", "optimizer.lr is 0.0005, on rank 0 0.001"),
+        ("os.chdir(sys.argv.pop(1 + rank))", "fingerprint.examples/emoji/train is '"),
+    ],
+)
+def test_ranks_that_read_different_files_do_not_train(differs, reason, tmp_path):
     """As two machines do of which one has an older copy."""
-    program = "import os, runpy, sys; sys.argv = sys.argv[1:]\n"
-    program += "sys.argv += ['optimizer.lr=5e-4'] * int(os.environ['RANK'])\n"
+    folders = [tmp_path / "0", tmp_path / "1"] if "chdir" in differs else []
+    for folder, data in zip(folders, ("train", "unseen_vendor")):
+        (folder / "examples" / "emoji").mkdir(parents=True)
+        for name in ("laclip", "configs"):
+            (folder / name).symlink_to(ROOT / name)
+        (folder / "examples" / "emoji" / "train").symlink_to(ROOT / "examples" / "emoji" / data)
+    program = f"import os, runpy, sys; rank = int(os.environ['RANK']); {differs}\n"
+    program += f"sys.argv = sys.argv[1 + {max(0, len(folders) - 1)}:]\n"
     program += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", program, *arguments(tmp_path / "run")]
+    command = [sys.executable, "-c", program, *folders, *arguments(tmp_path / "run")]
     codes, outputs = run_ranks(command, environment(), 2)
     assert codes == [2, 2] and not (tmp_path / "run").exists()
-    assert "rank 1: ValueError: optimizer.lr is 0.0005, on rank 0 0.001" in outputs[0]
+    assert f"rank 1: ValueError: {reason}" in outputs[0]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from laclip.cli import main
-from laclip.config import dump_config, load_config
+from laclip.config import load_config
 from laclip.model import build_model
+from laclip.typed_toml import dump
 
 SMALL = [
     *("model.vision.depth=1", "model.vision.width=64", "model.vision.heads=1"),
@@ -19,7 +20,7 @@ SMALL = [
 def finished_run(folder, *overrides):
     config = load_config(None, [*SMALL, *overrides])
     folder.mkdir()
-    (folder / "config.toml").write_text(dump_config(config))
+    (folder / "config.toml").write_text(dump(config))
     model = build_model(config.model, 49408, 49407)
     torch.save(model.state_dict(), folder / "model.pt")
     return model
@@ -41,7 +42,6 @@ def test_exported_weights_come_back_bit_for_bit(kind, family, tmp_path, capsys):
     assert main(["export", str(tmp_path / "run"), str(out), "--format", kind]) == 0
     if kind == "hugging_face":
         assert json.loads((out / "config.json").read_text())["model_type"] == "clip"
-        out = out / "pytorch_model.bin"
     assert main(["import", str(out), str(tmp_path / "other" / "back.pt")]) == 0
     assert f"from {kind}" in capsys.readouterr().out
     back = torch.load(tmp_path / "other" / "back.pt", weights_only=True)
