@@ -102,6 +102,7 @@ def test_a_stopped_and_resumed_run_gives_the_losses_of_one_without_a_stop(straig
 
 
 def test_a_terminal_that_is_closed_stops_a_run_with_a_checkpoint(tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup started the tests
     with Job(arguments(tmp_path / "run"), ranks=1, pause=2) as job:
         job.wait_for_pause()
         job.processes[0].send_signal(signal.SIGHUP)
