@@ -1,7 +1,7 @@
 """Nanoseconds a sample to draw, find and lay out captions, at 10 thousand to 400 million samples.
 
     apt-get install wordnet-base     # real English: its glosses are the captions
-    python benchmarks/captions.py --work FOLDER [--out benchmarks/results/captions.jsonl]
+    python benchmarks/captions.py --work FOLDER [--out benchmarks/results/captions.jsonl] [--bad]
 
 FOLDER gets 200 distinct shards (7 GB; made once by laclip's own tools: 10,000 samples, an original
 and four rewrites each) and data sets of 1, 1,000 and 40,000 shards that are hard links to them.
@@ -10,6 +10,9 @@ Timed is BatchReader.plan, one Python call a batch: the epoch order, the bad-sam
 variant, its tokens end to end, and the crop window beside; no image is read. Warm: sidecars in the
 page cache, read in epoch order. Cold: a whole window of shards from the disk, the page cache of
 these files dropped before. Memory and first batch are measured in fresh processes.
+
+With --bad instead, in a minute: warm, of 8 shards each (300 MB) in which a share of the samples has
+no caption, and is replaced by others.
 
 Then what the text tower does with such a batch on the host, between two steps: it checks the
 captions and lays them out in groups; and with padded ones, whose ends it has to find first.
@@ -43,6 +46,7 @@ from laclip.tokenizer import load_tokenizer
 RESULTS = harness.ROOT / "benchmarks" / "results"
 SHARD_SAMPLES, DISTINCT = 10_000, 200
 SIZES = (1, 1_000, 40_000)  # shards
+BAD_SHARES, BAD_SHARDS = (0.0, 0.0001, 0.01, 0.5), 8
 REWRITES = ("first", "second", "third", "fourth")
 BATCH = 4096
 PNG = bytes.fromhex(  # one grey pixel
@@ -67,11 +71,12 @@ def member(name, data):
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
 
 
-def build_shards(folder, wordnet):
-    """200 shards whose images are one pixel and whose captions are one or two clauses."""
+def build_shards(folder, wordnet, count=DISTINCT, bad=0.0):
+    """Shards whose images are one pixel and whose captions, but those of a share of the samples,
+    are one or two clauses."""
     texts = clauses(wordnet)
     folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(DISTINCT):
+    for shard in range(count):
         path = folder / f"{shard:05}.tar"
         if path.exists():
             continue
@@ -84,7 +89,8 @@ def build_shards(folder, wordnet):
         for i in range(SHARD_SAMPLES):
             key = f"{shard:05}{i:04}"
             content.write(member(f"{key}.png", PNG))
-            content.write(member(f"{key}.txt", caption().encode()))
+            if rng.random() >= bad:
+                content.write(member(f"{key}.txt", caption().encode()))
             rewrites = {name: caption() for name in REWRITES}
             content.write(member(f"{key}.json", json.dumps(rewrites).encode()))
         content.write(bytes(1024))
@@ -172,14 +178,37 @@ def cold_case(folder, distinct):
     return harness.Case("cold", run, prepare, work, "M samples/s", 1e6)
 
 
-def warm_case(folder, _):
+def warm_case(folder, _, name="warm"):
     reader = open_reader(folder)
     batches = itertools.count()
     for _ in range(64):  # the files come into the cache
         reader.plan(next(batches))
     return harness.Case(
-        "warm", lambda _: reader.plan(next(batches)), work=BATCH, unit="M samples/s", divisor=1e6
+        name, lambda _: reader.plan(next(batches)), work=BATCH, unit="M samples/s", divisor=1e6
     )
+
+
+def measure_bad(work, wordnet, out):
+    cases = []
+    for share in BAD_SHARES:
+        folder = work / f"bad_{share:g}"
+        if not (folder / "dataset.json").exists():
+            build_shards(folder, wordnet, BAD_SHARDS, share)
+        cases.append(warm_case(folder, None, f"{share:.2%} bad"))
+    shape = {"samples": BAD_SHARDS * SHARD_SAMPLES, "variants": 1 + len(REWRITES)}
+    records = harness.compare(
+        "captions where samples are bad",
+        cases,
+        shape=shape,
+        dtype="int32",
+        device="cpu",
+        seconds=4,
+        most=400,
+    )
+    for record in records:
+        record.extra["ns a sample"] = record.median * 1e6 / BATCH
+    harness.append(records, out)
+    print(harness.table(records))
 
 
 def fresh_process(folder, position):
@@ -226,11 +255,14 @@ def main():
     parser.add_argument(
         "--out", type=Path, default=harness.ROOT / "benchmarks/results/captions.jsonl"
     )
+    parser.add_argument("--bad", action="store_true", help="measure bad samples instead")
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--position", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.probe:
         return probe(options.probe, options.position)
+    if options.bad:
+        return measure_bad(options.work, options.wordnet, options.out)
     distinct = options.work / "distinct"
     if not (distinct / "dataset.json").exists():
         build_shards(distinct, options.wordnet)

@@ -1,3 +1,4 @@
+#include <unistd.h>
 
 #include "batch_reader.hpp"
 #include "bindings.hpp"
@@ -159,7 +160,15 @@ void bind_reader(nb::module_& module) {
 
   using Release = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<BatchReader>(module, "BatchReader", "Reads batches ahead; see csrc/batch_reader.hpp.")
-      .def(nb::init<std::vector<ShardFiles>, ReaderOptions>(), "shards"_a, "options"_a)
+      .def(nb::new_([](std::vector<ShardFiles> shards, ReaderOptions options) {
+             // A process that fork() made has the reader but not its threads: joining would hang.
+             return std::shared_ptr<BatchReader>(
+                 new BatchReader(std::move(shards), std::move(options)),
+                 [owner = ::getpid()](BatchReader* reader) {
+                   if (::getpid() == owner) delete reader;
+                 });
+           }),
+           "shards"_a, "options"_a)
       .def("__len__", &BatchReader::samples)
       .def("seek", &BatchReader::seek, "index"_a, Release())
       .def("next",

@@ -63,7 +63,8 @@ class Cursor {
   bool failed_ = false;
 };
 
-// Orientation (tag 0x0112) of a TIFF structure's first directory; 1 where there is none.
+// Orientation (tag 0x0112) of a TIFF structure's first directory; 1 where there is none. What
+// counts here is that it be the one by which DALI turns the image.
 std::uint8_t tiff_orientation(std::span<const std::byte> tiff) {
   Cursor order(tiff);
   const bool big_endian = order.take("MM");
@@ -77,15 +78,11 @@ std::uint8_t tiff_orientation(std::span<const std::byte> tiff) {
   const std::uint32_t entries = cursor.take(2);
   for (std::uint32_t i = 0; i < entries && !cursor.failed(); ++i) {
     const std::uint32_t tag = cursor.take(2);
-    const std::uint32_t type = cursor.take(2);
-    const std::uint32_t count = cursor.take(4);
+    cursor.skip(6);  // type and count, at which DALI does not look
     const std::uint32_t value = cursor.take(2);
+    if (tag == 0x0112 && value >= 1 && value <= 8) return static_cast<std::uint8_t>(value);
+    if (tag == 0x0112) return 1;
     cursor.skip(2);
-    if (cursor.failed()) return 1;
-    if (tag == 0x0112) {
-      return type == 3 && count == 1 && value >= 1 && value <= 8 ? static_cast<std::uint8_t>(value)
-                                                                 : std::uint8_t{1};
-    }
   }
   return 1;
 }
@@ -171,14 +168,14 @@ ImageHeader parse_png(Cursor cursor) {
   if (colour == 0 || colour == 4) header.flags |= kGrayscale;
   if (colour == 4 || colour == 6) header.flags |= kAlpha;
   header.reason = kNotBad;
-  // tRNS and eXIf may stand between the header and the pixels.
+  // tRNS stands between the header and the pixels, eXIf anywhere.
   while (!cursor.failed()) {
     const std::uint32_t length = cursor.take(4);
     const std::span<const std::byte> name = cursor.rest(4);
     cursor.skip(4);
     if (cursor.failed()) break;
     auto is = [&name](const char* chunk) { return std::memcmp(name.data(), chunk, 4) == 0; };
-    if (is("IDAT") || is("IEND")) break;
+    if (is("IEND")) break;
     if (is("tRNS")) header.flags |= kAlpha;
     if (is("eXIf")) header.orientation = tiff_orientation(cursor.rest(length));
     cursor.skip(length);
@@ -194,9 +191,7 @@ std::uint8_t webp_orientation(Cursor chunks) {
     if (!exif) chunks.skip(4);
     const std::uint32_t length = chunks.take(4);
     if (exif) {
-      Cursor content(chunks.rest(length));
-      content.take(std::string_view("Exif\0\0", 6));  // some writers keep JPEG's prefix
-      return tiff_orientation(content.rest(content.left()));
+      return tiff_orientation(chunks.rest(length));  // none where a writer kept JPEG's prefix
     }
     chunks.skip(std::size_t{length} + (length & 1));
   }

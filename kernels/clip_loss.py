@@ -20,6 +20,7 @@ from laclip.kernels.inputs import (
     check_options,
     check_scalar,
     choose_implementation,
+    never_traced,
     packed,
 )
 from laclip.kernels.products import full_precision, product
@@ -249,6 +250,7 @@ class _ClipLoss(torch.autograd.Function):
         return image, text, scale, None, None, None, None
 
 
+@never_traced
 def clip_loss(
     image_features: torch.Tensor,
     text_features: torch.Tensor | GatheredFeatures,

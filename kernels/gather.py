@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from laclip.kernels.inputs import never_traced
+
 # torch 2.13 renamed both; 2.11 knows the old names alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -102,6 +104,7 @@ class _AwaitGradient(torch.autograd.Function):
         return gradient, None
 
 
+@never_traced
 def start_gather(text_features: torch.Tensor, group: Any) -> GatheredFeatures:
     """Start to gather `text_features` from all ranks of `group`, and return at once.
 

@@ -1,7 +1,12 @@
 """What the losses accept, checked in one place: user errors are ValueErrors that name the fault."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 
+Parameters, Result = ParamSpec("Parameters"), TypeVar("Result")
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -103,3 +108,19 @@ def packed(features: torch.Tensor) -> torch.Tensor:
     if features.data_ptr() % 16 == 0 and features.stride(-2) == features.shape[-1]:
         return features
     return features.clone(memory_format=torch.contiguous_format)
+
+
+def never_traced(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Called as it is where torch.compile traces the caller: a graph cannot hold our kernels.
+
+    It would pass their fp32 numbers as fp64, which does not compile. The decorator of torch for
+    this is asked while it traces alone, as it takes a second to import.
+    """
+
+    @wraps(function)
+    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*arguments, **options)
+        return function(*arguments, **options)
+
+    return call

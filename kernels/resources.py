@@ -26,7 +26,6 @@ from laclip.kernels.launch_table import FLOAT32, HOPPER, HOPPER_SMALL, OTHER, Ti
 from laclip.kernels.triton_blocks import ONLINE, SIGMOID, SOFTMAX
 
 SHARED_LIMIT = 227 * 1024
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {"flag": "*i32", "edges": "*i32"}
 NUMBERS = {"margin": "fp32", "lowest": "fp32"}
 INTEGERS = frozenset(
@@ -131,7 +130,8 @@ def compiled_for(
             signature[name] = "i32"
         else:
             signature[name] = types.get(name) or NUMBERS.get(name) or POINTERS.get(name, "*fp32")
-            if signature[name].startswith("*"):
+            aligned = not kernel.params[place].do_not_specialize_on_alignment
+            if signature[name].startswith("*") and aligned:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
@@ -184,7 +184,9 @@ def measure(
 
 
 def _tool(name: str, *arguments: str) -> str:
-    run = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    # triton's own choice: containers, and torch.compile, name another assembler than triton's.
+    path = getattr(triton.knobs.nvidia, name).path
+    run = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
     return run.stdout + run.stderr
 
 

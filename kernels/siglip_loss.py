@@ -14,6 +14,7 @@ from laclip.kernels.inputs import (
     check_options,
     check_scalar,
     choose_implementation,
+    never_traced,
     packed,
 )
 from laclip.kernels.products import full_precision, product
@@ -129,6 +130,7 @@ class _SiglipLoss(torch.autograd.Function):
         return image, text, scale, bias, None, None, None, None
 
 
+@never_traced
 def siglip_loss(
     image_features: torch.Tensor,
     text_features: torch.Tensor | GatheredFeatures,

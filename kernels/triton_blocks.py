@@ -163,7 +163,9 @@ def softmax_terms(
     log2_sum = log_sum / LN_2
     base = log2_sum.round()
     gain = GAIN[dtype]
-    terms = (shift - log_sum).exp() * gain, (base - log2_sum).exp2() * gain, base
+    # exp2 of a tensor is compiled at its first call on a GPU; exp is there.
+    rest = ((base - log2_sum) * LN_2).exp()
+    terms = (shift - log_sum).exp() * gain, rest * gain, base
     return torch.stack(terms).float()
 
 

@@ -7,6 +7,9 @@ thread's registers until the sweep ends, since across lanes they cost 192 shuffl
 tile. Hence every kernel runs twice: plain over all tiles, and as EDGE over the few (1-2 %) that
 hold pairs or hang over the matrix, where everything is masked.
 
+Where rows and columns are masked, a vector's alignment changes no instruction, so it must not ask
+for another compilation: a batch that is no multiple of 4 would ask for several of each kernel.
+
 Exponents are in log2 units. first_column: the column in which row 0's pair stands.
 """
 
@@ -115,7 +118,10 @@ def column_sweep(
     tl.store(out, total, mask=column < columns)
 
 
-@triton.jit(do_not_specialize=["count", "length", "first_pair", "pairs"])
+@triton.jit(
+    do_not_specialize=["count", "length", "first_pair", "pairs"],
+    do_not_specialize_on_alignment=["total", "shift_out", "pair_cosine"],
+)
 def add_parts(
     parts,  # [count, length]
     total,
@@ -150,7 +156,10 @@ def add_parts(
     tl.store(flag, 1, mask=doubt > 0)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "first_column"])
+@triton.jit(
+    do_not_specialize=["rows", "columns", "first_column"],
+    do_not_specialize_on_alignment=["total", "shift_out"],
+)
 def online_sums(
     images,
     texts,
@@ -269,7 +278,8 @@ def _gradient_slab(
 
 
 @triton.jit(
-    do_not_specialize=["edge_count", "rows", "columns", "first_column", "part_count", "programs"]
+    do_not_specialize=["edge_count", "rows", "columns", "first_column", "part_count", "programs"],
+    do_not_specialize_on_alignment=["row_term", "column_term", "row_base", "column_base", "parts"],
 )
 def gradient_tiles(
     images,
@@ -386,7 +396,10 @@ def pair_cosines(
     tl.store(out + row, value, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "variants", "coefficient_stride", "other_stride"])
+@triton.jit(
+    do_not_specialize=["rows", "variants", "coefficient_stride", "other_stride"],
+    do_not_specialize_on_alignment=["coefficients"],
+)
 def combine(
     product_sum,  # [rows, DIM] fp32
     coefficients,  # [variants, coefficient_stride] fp32

@@ -3,7 +3,9 @@
 On a CPU DALI decodes, and csrc/resize.cpp resizes, flips and normalizes.
 """
 
+import ctypes
 import dataclasses
+import os
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -41,6 +43,16 @@ class DecodeError(RuntimeError):
 # Images that DALI decodes at once. A batch goes through it in such parts, so that a failure costs a
 # part, and a part's pixels are normalized while the next is decoded.
 _PART_CPU, _PART_CPU_PER_THREAD, _PART_GPU = 64, 8, 128
+
+
+def _keep_inherited() -> None:
+    """A process that fork() made has pipelines but not their threads: freeing one would hang."""
+    for pipeline in Pipeline._pipes:  # DALI's weak references, by which it ends them at exit
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipeline()))
+    Pipeline._pipes.clear()
+
+
+os.register_at_fork(after_in_child=_keep_inherited)
 
 
 @dataclasses.dataclass

@@ -80,16 +80,32 @@ def open_parquet(path: Path):
         raise ValueError(f"{path}: not Parquet ({error})") from None
 
 
-def check_strings(path: Path, schema: Any, columns: list[str]) -> None:
-    """Raises ValueError for a Parquet column of other than strings.
+def read_columns(path: Path, file: Any, columns: list[str]) -> Iterator[list[list[str | None]]]:
+    """The values of a Parquet file's columns of strings, or of bytes that are UTF-8, in parts.
 
-    str() would make texts of bytes and lists, and keys without their zeros of numbers.
+    Raises ValueError for columns of other kinds: str() would make texts of lists, and keys without
+    their zeros of numbers.
     """
     for column in columns:
-        kind = schema.field(column).type
+        kind = file.schema_arrow.field(column).type
         value = kind.value_type if str(kind).startswith("dictionary") else kind
-        if str(value) not in ("string", "large_string", "string_view", "null"):
+        name = str(value).removeprefix("large_").removesuffix("_view")
+        if name not in ("string", "binary", "null"):
             raise ValueError(f"{path}: column {column!r} holds {kind}, expected strings")
+    first = 0
+    for batch in file.iter_batches(columns=columns):
+        yield [_strings(path, name, batch.column(name), first) for name in columns]
+        first += len(batch)
+
+
+def _strings(path: Path, name: str, column: Any, first: int) -> list[str | None]:
+    values = column.cast("large_binary").to_pylist()  # Arrow takes any bytes for a string
+    try:
+        for row, value in enumerate(values):
+            values[row] = None if value is None else value.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: row {first + row}: its {name!r} is not UTF-8") from None
+    return values
 
 
 def _json_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> Iterator[_Row]:
@@ -127,15 +143,8 @@ def _parquet_rows(path: Path, text_names: tuple[str, ...], key_needed: bool) -> 
         key_column, text_column = _columns(path, names, text_names, key_needed)
         number = 0
         columns = [names[i] for i in (text_column, key_column) if i >= 0]
-        check_strings(path, file.schema_arrow, columns)
-        for batch in file.iter_batches(columns=columns):
-            texts = batch.column(names[text_column]).to_pylist()
-            keys = (
-                batch.column(names[key_column]).to_pylist()
-                if key_column >= 0
-                else [None] * len(texts)
-            )
-            for key, text in zip(keys, texts, strict=True):
+        for texts, *keys in read_columns(path, file, columns):
+            for key, text in zip(keys[0] if keys else [None] * len(texts), texts, strict=True):
                 yield number, key, text
                 number += 1
 

@@ -7,6 +7,7 @@ that hangs is named by the rank it hangs on, not by those that wait for it.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import secrets
@@ -98,6 +99,8 @@ class Watchdog:
         self._count, self._doing, self._advanced_at = self._count + 1, what, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
+        if not faulthandler.is_enabled():
+            faulthandler.enable()  # a mapped file that was cut, say, ends the process: "Bus error"
         return self
 
     def __exit__(

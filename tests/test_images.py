@@ -205,6 +205,53 @@ def test_exif_rotation_is_an_option(kind, orientation):
             assert difference(levels(pipeline.take())[0], expected[train]) < 1
 
 
+def odd_orientations():
+    """Images that say in unusual ways that they lie on their side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    short = exif.tobytes()[6:]
+    little = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x0112, 4, 1, 6, 0)
+    big = struct.pack(">2sHIHHHIII", b"MM", 42, 8, 1, 0x0112, 4, 1, 6, 0)
+    picture = Image.open(io.BytesIO(photograph(240, 192, 4)[0].tobytes()))
+
+    def encoded(kind, **options):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    png = encoded("PNG")
+    end = png.rindex(b"IEND") - 4
+    chunk = b"eXIf" + short
+    chunk = struct.pack(">I", len(short)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    webps = (encoded("WEBP", quality=q, exif=short) for q in range(90, 100))
+    webp = next(webp for webp in webps if not webp[34] & 1)  # DALI 2.4 does not parse the others
+    at = webp.rindex(b"EXIF") + 4
+    prefixed = b"Exif\0\0" + webp[at + 4 :]
+    webp = webp[8:at] + struct.pack("<I", len(prefixed)) + prefixed
+    return {
+        "JPEG, a long number": encoded("JPEG", exif=b"Exif\0\0" + little),
+        "JPEG, a long number, big-endian": encoded("JPEG", exif=b"Exif\0\0" + big),
+        "PNG, behind the pixels": png[:end] + chunk + png[end:],
+        "WebP, with JPEG's prefix": b"RIFF" + struct.pack("<I", len(webp)) + webp,
+    }
+
+
+@pytest.mark.parametrize("name", odd_orientations())
+def test_windows_are_drawn_in_the_image_as_dali_turns_it(name):
+    data = odd_orientations()[name]
+    encoded = np.frombuffer(data, np.uint8)
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    if _native.parse_image_header(encoded)[4] == 6:
+        picture = picture.transpose(Image.Transpose.ROTATE_270)
+    window = np.array([[0, 0, *picture.size]], np.int32)  # of the other way outside the image
+    pipeline = ImagePipeline(
+        batch_size=1, image_size=96, train=True, device=CPU, exif_rotation=True
+    )
+    pipeline.feed([encoded], window, np.zeros(1, np.uint8))
+    expected = picture.resize((96, 96), FILTERS["cubic"])
+    assert difference(levels(pipeline.take())[0], expected) < 1
+
+
 def png16(pixels):
     """A PNG of 16 bits a channel, which PIL does not write."""
     height, width, channels = pixels.shape

@@ -359,6 +359,38 @@ def test_a_changed_tar_is_indexed_again(tmp_path):
     assert table.keys() == ["a", "c"] and table.header["checksum"] != first
 
 
+def test_a_tar_that_is_replaced_by_an_older_one_of_its_size_is_indexed_again(tmp_path):
+    indexed(tmp_path, pairs("a", "b"))
+    other = tmp_path / "other"
+    other.write_bytes(tar_bytes(pairs("a", "c")))
+    os.utime(other, (1e9, 1e9))
+    other.replace(tmp_path / "00000.tar")
+    index(tmp_path)
+    assert open_dataset(tmp_path).samples(0).keys() == ["a", "c"]
+
+
+def test_of_what_dataset_json_records_only_headers_are_read(tmp_path):
+    indexed(tmp_path, [*pairs("a", "b"), ("bad.jpg", JPEG)])
+    manifest, path = tmp_path / "dataset.json", tmp_path / "00000.samples"
+    recorded, whole = manifest.read_bytes(), path.read_bytes()
+    path.write_bytes(whole[:-1] + b"?")
+    assert "1 bad\n  1 x found by an earlier run\n" in index(tmp_path)
+    assert (manifest.read_bytes(), path.read_bytes()[-1:]) == (recorded, b"?")
+    index(tmp_path, decode=True)
+    assert path.read_bytes()[-3:] == b"bad"
+    for damaged in (whole[:-1], whole[:60] + b"????" + whole[64:], b""):
+        path.write_bytes(damaged)  # as a loader would refuse it
+        index(tmp_path)
+        assert (manifest.read_bytes(), path.read_bytes()) == (recorded, whole)
+    manifest.unlink()  # an interrupted run writes none
+    path.write_bytes(whole[:-1] + b"?")
+    index(tmp_path)
+    assert path.read_bytes() == whole
+    manifest.write_bytes(recorded.replace(b'"bad": 1', b'"bad": 0'))
+    index(tmp_path)
+    assert manifest.read_bytes() == recorded
+
+
 def test_tars_that_come_while_it_runs_are_told(tmp_path, monkeypatch):
     (tmp_path / "0.tar").write_bytes(GOOD)
 

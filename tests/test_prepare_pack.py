@@ -207,11 +207,17 @@ def test_a_broken_list_is_refused(content, message, images, tmp_path):
     assert "bad.csv" in str(error.value)
 
 
-def test_a_list_whose_captions_are_bytes_is_refused(images, tmp_path):
+def test_captions_of_bytes_are_text_if_they_are_utf8(images, tmp_path):
     path = tmp_path / "l.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"path": ["9.jpg"], "caption": [b"a dog"]}), path)
-    with pytest.raises(ValueError, match="column 'caption' holds binary, expected strings"):
-        pack(tmp_path / "out", path, images)
+    for caption in (b"caf\xe9", "café".encode()):
+        columns = {"path": ["no.jpg", "9.jpg"], "caption": [b"", caption]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        if caption == b"caf\xe9":
+            with pytest.raises(ValueError, match=r"l\.parquet: row 1: its 'caption' is not UTF-8"):
+                pack(tmp_path / "out", path, images)
+    pack(tmp_path / "out", path, images)
+    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+        assert tar.extractfile("000000001.txt").read() == caption
 
 
 def test_a_list_without_a_single_image_is_refused_and_leaves_nothing(images, tmp_path):

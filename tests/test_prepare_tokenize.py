@@ -273,7 +273,7 @@ BAD_FILES = {
     "short row": ("r.csv", b"key,text\nk0,a b\nk2\n", "line 3: 1 cells"),
     "open quote": ("r.csv", b'key,text\nk0,"a b\n', r"r\.csv: line"),
     "latin-1 csv": ("r.csv", "key,text\nk0,é".encode("latin1"), "iconv -f latin1"),
-    "bytes": ("r.parquet", parquet([b"a dog"]), "column 'text' holds binary, expected strings"),
+    "bytes": ("r.parquet", parquet([b"caf\xe9"]), "row 0: its 'text' is not UTF-8"),
     "lists": ("r.parquet", parquet([["a dog", "a cat"]]), "column 'text' holds list"),
     "numbers": ("r.parquet", parquet(["a dog"], 12), "column 'key' holds int64, expected strings"),
     "no parquet": ("r.parquet", b"PAR1 nothing", "not Parquet"),

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,55 @@ options.global_batch_size, options.threads = 64, 1
 reader = _native.BatchReader(shard_files(open_dataset({str(TRAIN)!r})), options)
 print(sum(reader.next().bytes.tolist()))
 """
+
+
+CUT = f"""
+import torch.distributed as dist
+from laclip.parallel import find_ranks
+from laclip.watchdog import Watchdog
+ranks = find_ranks()
+dist.init_process_group("gloo")
+with Watchdog(ranks, 60, None, None):
+    {READ.replace(str(TRAIN), "TRAIN").strip().replace(chr(10), chr(10) + "    ")}
+    open("TRAIN/00000.captions", "r+b").truncate(200)
+    for batch in range(9):
+        reader.plan(batch)
+"""
+
+INHERITED = f"""
+import gc, os, sys
+import torch
+from laclip.config import DataConfig
+from laclip.dataset import open_dataset
+from laclip.loader import Loader
+from laclip.tokenizer import load_tokenizer
+loader = Loader(
+    [open_dataset({str(TRAIN)!r})], DataConfig(), load_tokenizer(), seed=1, global_batch_size=64,
+    image_size=32, context_length=16, device=torch.device("cpu"),
+)
+next(loader)
+child = os.fork()
+if child == 0:
+    del loader
+    gc.collect()
+    sys.exit(5)
+next(loader)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_process_that_inherits_a_loader_can_free_it():
+    done = subprocess.run(
+        [sys.executable, "-c", INHERITED], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "5\n", done.stderr
+
+
+def test_a_sidecar_that_is_cut_while_it_is_mapped_ends_a_run_with_a_word(tmp_path):
+    folder = shutil.copytree(TRAIN, tmp_path / "train")
+    script = CUT.replace("TRAIN", str(folder))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS and "Fatal Python error: Bus error" in done.stderr
 
 
 def test_threads_and_ranks_under_the_thread_sanitizer(build_native, tmp_path):

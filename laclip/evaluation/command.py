@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from laclip.checkpoint import add_checkpoint_option
+from laclip.config import add_set_option
 from laclip.evaluation.probe import few_shot, linear_probe
 from laclip.evaluation.retrieval import RECALLS, retrieval
 from laclip.evaluation.trained import TrainedModel
@@ -49,14 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         add_checkpoint_option(found)
         found.add_argument("--out", type=Path, metavar="JSON", help="write all scores there")
-        found.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="SECTION.KEY=VALUE",
-            help="override a key of the run's configuration, e.g. evaluation.batch_size=512, "
-            "data.decode_threads=16 or train.precision=fp32; may be repeated",
-        )
+        add_set_option(found)
         return found
 
     labelled = (

@@ -113,6 +113,14 @@ def read_manifest(folder: Path) -> dict:
         return {}
 
 
+def recorded_shards(folder: Path) -> dict[str, dict]:
+    """The shards' entries of dataset.json by name, if it is as it was written."""
+    manifest = read_manifest(folder)
+    if not manifest or manifest_text(manifest) != (folder / "dataset.json").read_bytes():
+        return {}
+    return {shard["name"]: shard for shard in manifest["shards"]}
+
+
 def samples_summary(path: Path) -> dict:
     """A shard's entry of dataset.json, from its .samples file, and its bad samples by reason.
 

@@ -16,6 +16,7 @@ from laclip.dataset import BAD, DECODED, REASONS, SAMPLE_RECORD, SAMPLES_HEADER,
 from laclip.prepare.folder import (
     is_whole,
     read_manifest,
+    recorded_shards,
     remove_leftovers,
     samples_summary,
     seal,
@@ -52,6 +53,7 @@ def index(
 ) -> str:
     """Scan every tar of `folder` that has no up-to-date .samples file; write dataset.json.
 
+    Of the files that dataset.json records only headers are read: `laclip verify` reads the rest.
     `decode` also decodes every image and flags those that fail. Returns what was found, as text.
     Raises FileNotFoundError without tars, ValueError for tars that are broken or hold no sample,
     with their names and positions, when all others are done. Running it again does what is left.
@@ -59,12 +61,13 @@ def index(
     folder = Path(folder).resolve() if ray else Path(folder)  # other nodes stand elsewhere
     paths = tar_paths(folder)
     remove_leftovers(folder)
+    recorded = recorded_shards(folder)
     if decode:
         jobs = 1  # the decoder brings its own threads
     found = in_order(
         run_shards(
             _index_or_tell,
-            [(path, decode, force) for path in paths],
+            [(path, decode, force, recorded.get(path.name)) for path in paths],
             total=len(paths),
             label="index",
             jobs=jobs,
@@ -100,27 +103,40 @@ def samples_path(tar: Path) -> Path:
     return tar.with_name(f"{tar.name.removesuffix('.tar')}.samples")
 
 
-def _index_or_tell(tar: Path, decode: bool, force: bool) -> dict:
+def _index_or_tell(tar: Path, decode: bool, force: bool, recorded: dict | None) -> dict:
     """index_shard, with what is wrong with a tar as a result: all broken ones are told at once."""
     try:
-        return index_shard(tar, decode, force)
+        return index_shard(tar, decode, force, recorded)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename != str(tar):
             raise  # of its sidecar: a full disk
         return {"error": str(error), "bytes": 0}
 
 
-def index_shard(tar: Path, decode: bool = False, force: bool = False) -> dict:
-    """Write the .samples file of one tar. Returns its summary and what was read and left out."""
+def index_shard(
+    tar: Path, decode: bool = False, force: bool = False, recorded: dict | None = None
+) -> dict:
+    """Write the .samples file of one tar. Returns its summary and what was read and left out.
+
+    recorded: what dataset.json says of the shard. A .samples file that is still that one is not
+    read, and `reasons` are None; one that an interrupted run left is checked byte by byte.
+    """
     path = samples_path(tar)
-    old = None if force else _old_table(path, decode)
-    status = tar.stat()
-    if (
-        old is not None
-        and old.header["shard_bytes"] == status.st_size
-        and path.stat().st_mtime_ns >= status.st_mtime_ns
-    ):
-        return {**samples_summary(path), "bytes": 0, "other_members": 0}
+    old = None if force else _old_table(path)
+    if old is not None:
+        nothing_read = {"bytes": 0, "other_members": 0}
+        status = tar.stat()
+        # Another tar that was moved here may be old itself: its change is not.
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        current = old.header["shard_bytes"] == status.st_size and (
+            path.stat().st_mtime_ns >= changed
+        )
+        if current and recorded and not decode and _is_recorded(old, recorded):
+            return {"shard": recorded, "reasons": None, **nothing_read}
+        if not _says_all(old, decode):
+            old = None
+        elif current:
+            return {**samples_summary(path), **nothing_read}
     scan = _native.scan_tar(str(tar))
     if old is not None and old.header["shard_checksum"] == scan["shard_checksum"]:
         parts = [np.fromfile(path, np.uint8)]  # a copy of the tar: what --decode found of it stays
@@ -158,15 +174,25 @@ def _samples_file(tar: Path, scan: dict, decode: bool) -> list[np.ndarray]:
     return seal(header, [records.tobytes(), scan["key_end"], scan["keys"]])
 
 
-def _old_table(path: Path, decode: bool) -> SamplesTable | None:
-    """An earlier run's .samples file, if it is whole and says all that is asked for."""
+def _old_table(path: Path) -> SamplesTable | None:
+    """An earlier run's .samples file, if its header is sound."""
     try:
         table = SamplesTable(path)
     except (FileNotFoundError, ValueError):
         return None
+    return table if table.header["rules"] == RULES else None
+
+
+def _is_recorded(table: SamplesTable, shard: dict) -> bool:
+    found = len(table), f"{int(table.header['checksum']):016x}"
+    return found == (shard["samples"], shard["samples_checksum"])
+
+
+def _says_all(table: SamplesTable, decode: bool) -> bool:
+    """Whether a .samples file is whole, and every image of it was decoded where that is asked."""
     good = table.records["flags"] & BAD == 0
     decoded = not decode or bool(np.all(table.records["flags"][good] & DECODED))
-    return table if decoded and table.header["rules"] == RULES and is_whole(table) else None
+    return decoded and is_whole(table)
 
 
 def _repeated_keys(folder: Path, shards: list[dict]) -> str:
@@ -197,15 +223,21 @@ def _report(folder: Path, found: list[dict]) -> str:
     count, bad = sum(s["samples"] for s in shards), sum(s["bad"] for s in shards)
     text = f"{folder}: {count} samples in {len(shards)} shards, {bad} bad"
     totals: dict[int, list] = {}
+    told = 0
     for result in found:
-        for reason, (times, key) in result["reasons"].items():
+        for reason, (times, key) in (result["reasons"] or {}).items():
             entry = totals.setdefault(reason, [0, f"{result['shard']['name']}: {key}"])
             entry[0] += times
+            told += times
     for reason, (times, first) in sorted(totals.items()):
         text += f"\n  {times} x {REASONS[reason]} (first: {first})"
-    if totals:
+    if bad > told:
+        text += f"\n  {bad - told} x found by an earlier run"
+    if bad:
         text += f"\n  all of them: laclip inspect {folder} --bad"
     others = sum(result["other_members"] for result in found)
     if others:
         text += f"\n  {others} files in the tars belong to no sample"
+    if all(result["reasons"] is None for result in found):
+        return text  # repeated keys were told before
     return text + _repeated_keys(folder, shards)

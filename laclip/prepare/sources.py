@@ -7,7 +7,7 @@ the key, the row number, the image path or the caption.
 from collections.abc import Iterator
 from pathlib import Path
 
-from laclip.text_files import check_strings, open_parquet, read_csv_rows, read_keyed, read_lines
+from laclip.text_files import open_parquet, read_columns, read_csv_rows, read_keyed, read_lines
 
 PATH_COLUMNS = ("path", "filepath", "image_path", "image", "filename", "url")
 CAPTION_COLUMNS = ("caption", "title", "text")
@@ -78,10 +78,8 @@ def _parquet_pairs(path: Path) -> Iterator[tuple[str, str]]:
                 f"{CAPTION_COLUMNS}"
             )
         wanted = [names[i] for i in columns]
-        check_strings(path, file.schema_arrow, wanted)
-        for batch in file.iter_batches(columns=wanted):
-            both = [batch.column(name).to_pylist() for name in wanted]
-            yield from ((str(a or ""), str(b or "")) for a, b in zip(*both, strict=True))
+        for both in read_columns(path, file, wanted):
+            yield from ((a or "", b or "") for a, b in zip(*both, strict=True))
 
 
 def _pair_columns(row: list[str]) -> tuple[int, int] | None:

@@ -155,6 +155,19 @@ def test_autocast_and_precision_settings_change_nothing(loss, implementation, us
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
 
 
+@both_losses
+@every_fused
+def test_compiled_code_may_call_the_losses(loss, implementation, device):
+    tensors = inputs(loss, "planted", 20, 16, torch.float32, device, 20.0)
+
+    def step(image, text, *scalars):
+        return PUBLIC[loss](2.0 * image / 2.0, text, *scalars, implementation=implementation)
+
+    expected, found = gradients(step, tensors), gradients(torch.compile(step), tensors)
+    for a, b in zip(expected, found):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
 @every_fused
 def test_features_changed_before_the_backward_are_noticed(implementation, device):
     image, text, scale = inputs("clip", "random", 16, 16, BF16, device, 20.0)

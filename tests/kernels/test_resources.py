@@ -53,6 +53,17 @@ def test_two_programs_of_the_sigmoid_share_a_processor(compiled):
     assert compiled["fp16 sigmoid"]["per_processor"] == 2
 
 
+def test_the_report_is_of_the_assembler_that_triton_uses(tmp_path, monkeypatch):
+    other, calls = tmp_path / "ptxas", tmp_path / "calls"
+    (own,) = run("-c", "import json, triton; print(json.dumps(triton.knobs.nvidia.ptxas.path))")
+    other.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {own} "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(other))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    run("-m", "laclip.kernels.resources", "--json", "--dtypes", "none")
+    assert sum("-v" in call.split() for call in calls.read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("generation", [80, 100])
 def test_other_gpus_than_hopper_are_served(generation):
     script = f"""
