@@ -18,6 +18,30 @@ from laclip.optimizer import build_optimizer
 from laclip.parallel import Ranks, meet, set_timeouts
 
 
+def check_abilities(config: Config, device: torch.device) -> None:
+    """Raise ValueError for what the first step would find out, when much had been started."""
+    attention, cpu = config.model.attention, device.type == "cpu"
+    if cpu and attention != "sdpa":
+        raise ValueError(
+            f"model.attention: {attention} computes on a GPU alone, and this rank has none. Set "
+            'model.attention = "sdpa"'
+        )
+    if attention != "sdpa" and config.train.precision == "fp32":
+        raise ValueError(
+            f"model.attention: {attention} computes in bf16 and fp16, train.precision is fp32. Set "
+            'it to "bf16", or model.attention to "sdpa"'
+        )
+    if cpu and config.train.loss_implementation == "triton":
+        raise ValueError(
+            "train.loss_implementation: triton computes on a GPU alone, and this rank has none. "
+            'Set it to "auto"'
+        )
+    if config.model.embed_dim % 8:
+        raise ValueError(
+            f"model.embed_dim: found {config.model.embed_dim}, the losses need a multiple of 8"
+        )
+
+
 def connect(config: Config, ranks: Ranks) -> None:
     """Connect the ranks through DeepSpeed."""
     if ranks.device.type == "cpu":

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -35,7 +34,7 @@ from laclip.checkpoint import (
 )
 from laclip.config import Config, add_set_option, load_config
 from laclip.dataset import Dataset, check_datasets, open_dataset
-from laclip.engine import connect, start_engine, whole_weights
+from laclip.engine import check_abilities, connect, start_engine, whole_weights
 from laclip.engine_settings import engine_settings
 from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization
@@ -64,13 +63,10 @@ from laclip.parallel import (
 )
 from laclip.report import score_table, write_report
 from laclip.run_folder import claim_folder, write_status
+from laclip.stop_requests import STOPS, catch_signals, stops
 from laclip.tokenizer import Tokenizer, load_tokenizer
 from laclip.train_step import LossScale, train_step
 from laclip.watchdog import Watchdog
-
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-STOPS = (*(f"stopped by {name}" for name in SIGNALS), "stopped: its launcher is gone")
-stops: set[str] = set()  # what this rank was asked; all ranks agree on it in every step
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -125,36 +121,12 @@ def read_config(args: argparse.Namespace) -> Config:
     return replace(config, run=replace(config.run, folder=str(folder)))
 
 
-def check_abilities(config: Config, ranks: Ranks) -> None:
-    """Raise ValueError for what the first step would find out, when much had been started."""
-    attention, cpu = config.model.attention, ranks.device.type == "cpu"
-    if cpu and attention != "sdpa":
-        raise ValueError(
-            f"model.attention: {attention} computes on a GPU alone, and this rank has none. Set "
-            'model.attention = "sdpa"'
-        )
-    if attention != "sdpa" and config.train.precision == "fp32":
-        raise ValueError(
-            f"model.attention: {attention} computes in bf16 and fp16, train.precision is fp32. Set "
-            'it to "bf16", or model.attention to "sdpa"'
-        )
-    if cpu and config.train.loss_implementation == "triton":
-        raise ValueError(
-            "train.loss_implementation: triton computes on a GPU alone, and this rank has none. "
-            'Set it to "auto"'
-        )
-    if config.model.embed_dim % 8:
-        raise ValueError(
-            f"model.embed_dim: found {config.model.embed_dim}, the losses need a multiple of 8"
-        )
-    if ranks.is_first and config.log.wandb_project:
-        import_wandb()
-
-
 def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     settings = engine_settings(deepspeed_json, config, ranks)
-    check_abilities(config, ranks)
+    check_abilities(config, ranks.device)
+    if ranks.is_first and config.log.wandb_project:
+        import_wandb()
     if not config.data.train:
         raise ValueError("data.train: no dataset given. Set it to a dataset's folder, or several")
     datasets = [open_dataset(path) for path in config.data.train]
@@ -458,17 +430,6 @@ def finish(
         say(f"laclip: held-out scores ({duration(time.perf_counter() - begin)})")
         say(score_table(scores))
     say(f"laclip: weights, scores and report in '{folder}'; open {page}")
-
-
-def catch_signals() -> None:
-    """The first of SIGNALS asks for a checkpoint and an end; more of them change nothing."""
-
-    def remember(number: int, _frame: Any) -> None:
-        stops.add(f"stopped by {signal.Signals(number).name}")
-
-    for number in map(signal.Signals.__getitem__, SIGNALS):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, remember)
 
 
 if __name__ == "__main__":
