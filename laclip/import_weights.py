@@ -17,7 +17,8 @@ from laclip.convert import State, detect_format, read_checkpoint, to_laclip
 Settings = dict[str, dict[str, Any]]
 UNTOLD = """\
 # Weights alone do not tell the activation: OpenAI's, and open_clip's models named -quickgelu, need
-# activation = "quick_gelu" in [model.vision] and [model.text]."""
+# activation = "quick_gelu" in [model.vision] and [model.text]. Nor do they tell an image tower that
+# averages its tokens: laclip's reads the class token."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
