@@ -15,6 +15,7 @@ from laclip.config import PRESETS, TextConfig, VisionConfig
 from laclip.convert import State, detect_format, read_checkpoint, to_laclip
 
 Settings = dict[str, dict[str, Any]]
+TOWERS: dict[str, Any] = {"vision": VisionConfig, "text": TextConfig}
 UNTOLD = """\
 # Weights alone do not tell the activation: OpenAI's, and open_clip's models named -quickgelu, need
 # activation = "quick_gelu" in [model.vision] and [model.text]. Nor do they tell an image tower that
@@ -29,11 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "write it, whose configuration is then read too",
     )
     parser.add_argument("out", type=Path, help="where to write; set model.weights to it")
+    parser.add_argument(
+        "--tower", choices=("image", "text"), help="this one alone: the rest of a run starts anew"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     state = read_checkpoint(args.file)
     kind, converted = detect_format(state), to_laclip(state)
+    if args.tower:
+        kept = f"{args.tower}."
+        converted = {name: tensor for name, tensor in converted.items() if name.startswith(kept)}
     told = read_settings(args.file if args.file.is_dir() else args.file.parent, kind)
     section = model_section(converted, told)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,36 +111,31 @@ def _known(file: Path, key: str, found: dict[str, Any], values: tuple[Any, ...])
 
 def model_section(state: State, told: Settings) -> str:
     """Lines that make a run's model the one of these weights, [model] being open already."""
-    vision: dict[str, Any] = {
-        "patch_size": math.isqrt(state["image.patch_embedding.weight"].shape[1] // 3),
-        "qk_norm": "image.blocks.0.q_norm.weight" in state,
-        "pre_norm": "image.norm_pre.weight" in state,
-        "patch_bias": "image.patch_embedding.bias" in state,
-    }
-    if not vision["pre_norm"]:
-        vision["layer_norm_eps"] = 1e-6  # timm's
-    towers = {"vision": _sizes(state, "image") | vision, "text": _sizes(state, "text")}
-    embed_dim = len(state["image.projection.weight"])
-    lines = [f"embed_dim = {embed_dim}"]
-    base: Settings = {"vision": {}, "text": {}}
-    for name, preset in PRESETS.items():
-        filled = {"vision": VisionConfig(**preset["vision"]), "text": TextConfig(**preset["text"])}
-        if preset["embed_dim"] == embed_dim and all(
-            getattr(filled[tower], key) == value
-            for tower, sizes in towers.items()
-            for key, value in sizes.items()
-        ):
-            base, lines = preset, [f'preset = "{name}"']
-    side = math.isqrt(len(state["image.positional_embedding"]) - 1) * vision["patch_size"]
-    towers["vision"]["image_size"] = side
-    towers["text"]["context_length"] = len(state["text.positional_embedding"])
-    for name, kind in (("vision", VisionConfig), ("text", TextConfig)):
-        default = kind(**base[name])
-        heads = {} if base[name] else {"heads": max(1, towers[name]["width"] // 64)}
-        values = {**towers[name], **heads, **told.get(name, {})}
+    towers: Settings = {}
+    if "image.norm.weight" in state:
+        patch = math.isqrt(state["image.patch_embedding.weight"].shape[1] // 3)
+        side = math.isqrt(len(state["image.positional_embedding"]) - 1) * patch
+        towers["vision"] = _sizes(state, "image") | {
+            "image_size": side,
+            "patch_size": patch,
+            "qk_norm": "image.blocks.0.q_norm.weight" in state,
+            "pre_norm": "image.norm_pre.weight" in state,
+            "patch_bias": "image.patch_embedding.bias" in state,
+        }
+        if "image.norm_pre.weight" not in state:
+            towers["vision"]["layer_norm_eps"] = 1e-6  # timm's
+    if "text.norm.weight" in state:
+        length = len(state["text.positional_embedding"])
+        towers["text"] = _sizes(state, "text") | {"context_length": length}
+    embed_dim = next(len(state[name]) for name in state if name.endswith(".projection.weight"))
+    preset = _find_preset(embed_dim, towers)
+    lines = [f'preset = "{preset}"' if preset else f"embed_dim = {embed_dim}"]
+    for name, sizes in towers.items():
+        default = TOWERS[name](**PRESETS[preset][name] if preset else {})
+        heads = {} if preset else {"heads": max(1, sizes["width"] // 64)}
         changed = [
             f"{key} = {json.dumps(value)}"
-            for key, value in values.items()
+            for key, value in (sizes | heads | told.get(name, {})).items()
             if value != getattr(default, key)
         ]
         if changed:
@@ -141,6 +143,20 @@ def model_section(state: State, told: Settings) -> str:
     if "logit_bias" in state:
         lines += ["\n[train]", 'loss = "siglip"']
     return "\n".join(lines)
+
+
+def _find_preset(embed_dim: int, towers: Settings) -> str:
+    """The preset of both towers, but for the sizes of images and captions; "" where none is."""
+    if len(towers) == 2:
+        for name, preset in PRESETS.items():
+            if preset["embed_dim"] == embed_dim and all(
+                getattr(TOWERS[tower](**preset[tower]), key) == value
+                for tower, sizes in towers.items()
+                for key, value in sizes.items()
+                if key not in ("image_size", "context_length")
+            ):
+                return name
+    return ""
 
 
 def _sizes(state: State, tower: str) -> dict[str, Any]:

@@ -79,6 +79,13 @@ def test_an_import_names_the_preset_and_what_weights_do_not_tell(tmp_path, capsy
     out = capsys.readouterr().out
     assert 'preset = "vit_b_32"\n# Weights alone do not tell the activation' in out
     assert "width" not in out and "heads" not in out
+    words = ["import", str(tmp_path / "theirs.pt"), str(tmp_path / "i.pt"), "--tower", "image"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert (
+        "embed_dim = 512\n\n[model.vision]\npatch_size = 32\n# Weights" in out
+        and "\n[model.text]" not in out
+    )
 
 
 def test_a_model_that_reads_other_tokens_is_refused(tmp_path, capsys):
