@@ -65,7 +65,8 @@ def write_whole(path: Path, chunks: Iterable[Any]) -> None:
 
 
 def seal(header: np.ndarray, parts: Iterable[bytes | np.ndarray]) -> list[np.ndarray]:
-    """The parts of a sidecar with the header's `checksum` set: XXH64 of the file with it zero."""
+    """A sidecar's content, the header's `checksum` set: XXH64 of the file with it zero."""
+    header["version"], header["header_bytes"] = VERSION, header.itemsize
     header["checksum"] = 0
     whole = np.concatenate([np.frombuffer(part, np.uint8) for part in (header.tobytes(), *parts)])
     header["checksum"] = _native.xxh64(whole)
@@ -136,7 +137,7 @@ def samples_summary(path: Path) -> dict:
         "name": f"{path.stem}.tar",
         "samples": len(table),
         "bad": len(bad),
-        "samples_checksum": f"{int(table.header['checksum']):016x}",
+        "samples_checksum": table.checksum,
     }
     return {"shard": shard, "reasons": reasons}
 
@@ -187,7 +188,4 @@ def _has_captions(folder: Path, shard: dict, checksum: str | None) -> bool:
         table = CaptionsTable(folder / f"{shard['name'].removesuffix('.tar')}.captions")
     except (FileNotFoundError, ValueError):
         return False
-    return (
-        f"{int(table.header['checksum']):016x}" == checksum
-        and f"{int(table.header['samples_checksum']):016x}" == shard["samples_checksum"]
-    )
+    return table.checksum == checksum and table.samples_checksum == shard["samples_checksum"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from laclip import _native
-from laclip.dataset import REASONS, checksum_hex
+from laclip.dataset import REASONS, as_hex, checksum_hex
 from laclip.prepare.folder import remove_leftovers, whole_file, write_whole
 from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 from laclip.prepare.sources import CAPTION_COLUMNS, PATH_COLUMNS, read_pairs
@@ -78,7 +78,7 @@ def pack(
         raise ValueError(f"{pairs}: no rows in it")
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
-    source = {"rows": count, "rows_a_shard": rows, "checksum": f"{checksum:016x}"}
+    source = {"rows": count, "rows_a_shard": rows, "checksum": as_hex(checksum)}
     _check_source(out, source, pairs)
     write_whole(out / RECORD, [json.dumps({"source": source}, indent=2).encode() + b"\n"])
     shards = (count + rows - 1) // rows
