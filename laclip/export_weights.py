@@ -7,9 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
-from laclip.checkpoint import add_checkpoint_option, find_weights, read_weights
+from laclip.checkpoint import add_checkpoint_option, find_weights, read_weights, save_weights
 from laclip.config import load_config
 from laclip.convert import FORMATS, from_laclip, hugging_face_config
 from laclip.tokenizer import load_tokenizer
@@ -39,8 +37,6 @@ def run(args: argparse.Namespace) -> int:
         (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         out = out / "pytorch_model.bin"
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".partial")
-    torch.save(converted, temporary)
-    temporary.rename(out)
+    save_weights(converted, out)
     print(f"{out}: {len(converted)} tensors of '{source}' for {args.format}")
     return 0

@@ -6,8 +6,7 @@ laclip import FILE OUT.pt
 import argparse
 from pathlib import Path
 
-import torch
-
+from laclip.checkpoint import save_weights
 from laclip.convert import detect_format, read_checkpoint, to_laclip
 
 
@@ -22,9 +21,7 @@ def run(args: argparse.Namespace) -> int:
     state = read_checkpoint(args.file)
     converted = to_laclip(state)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".partial")
-    torch.save(converted, temporary)
-    temporary.rename(args.out)
+    save_weights(converted, args.out)
     kind = detect_format(state)
     numbers = sum(tensor.numel() for tensor in converted.values())
     print(f"{args.out}: {numbers / 1e6:.1f} M numbers, from {kind}")
