@@ -11,9 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from laclip.checkpoint import add_checkpoint_option, find_weights, read_weights
+from laclip.checkpoint import add_checkpoint_option, find_weights, read_weights, save_weights
 from laclip.config import Config, load_config
 from laclip.convert import FORMATS, State, from_laclip
 from laclip.images import NORMALIZATION
@@ -64,9 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _save(weights: State, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".partial")
-    torch.save(weights, temporary)
-    temporary.rename(out)
+    save_weights(weights, out)
 
 
 def _json(content: Any) -> str:

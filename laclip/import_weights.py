@@ -9,8 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from laclip.checkpoint import save_weights
 from laclip.config import PRESETS, TextConfig, VisionConfig
 from laclip.convert import State, detect_format, read_checkpoint, to_laclip
 
@@ -44,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     told = read_settings(args.file if args.file.is_dir() else args.file.parent, kind)
     section = model_section(converted, told)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".partial")
-    torch.save(converted, temporary)
-    temporary.rename(args.out)
+    save_weights(converted, args.out)
     numbers = sum(tensor.numel() for tensor in converted.values())
     print(f"{args.out}: {numbers / 1e6:.1f} M numbers, from {kind}. For the run's configuration:\n")
     print(f'[model]\nweights = "{args.out}"\n{section}')
