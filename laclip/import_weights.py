@@ -62,17 +62,29 @@ def read_settings(folder: Path, kind: str) -> Settings:
     file = folder / ("config.json" if kind == "hugging_face" else "open_clip_config.json")
     if not file.is_file():
         return {}
-    content = json.loads(file.read_text())
-    if kind == "hugging_face":
-        return {
-            tower: {
-                "heads": found.get("num_attention_heads", heads),
-                "activation": _known(file, "hidden_act", found, ("quick_gelu", "gelu")),
-                "layer_norm_eps": found.get("layer_norm_eps", 1e-5),
-            }
-            for tower, heads in (("vision", 12), ("text", 8))
-            for found in [content.get(f"{tower}_config") or {}]
+    read = _hugging_faces if kind == "hugging_face" else _open_clips
+    try:
+        return read(file, json.loads(file.read_text()))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"'{file}' is no configuration of {kind} ({error!r}). Restore it, or take it away and "
+            "choose the activation yourself"
+        ) from None
+
+
+def _hugging_faces(file: Path, content: dict[str, Any]) -> Settings:
+    told = {}
+    for tower, heads in (("vision", 12), ("text", 8)):
+        found = content[f"{tower}_config"]
+        told[tower] = {
+            "heads": found.get("num_attention_heads", heads),
+            "activation": _known(file, "hidden_act", found, ("quick_gelu", "gelu")),
+            "layer_norm_eps": found.get("layer_norm_eps", 1e-5),
         }
+    return told
+
+
+def _open_clips(file: Path, content: dict[str, Any]) -> Settings:
     model = content["model_cfg"]
     vision, text = model["vision_cfg"], model["text_cfg"]
     if "timm_model_name" in vision:

@@ -97,6 +97,9 @@ def test_a_model_that_reads_other_tokens_is_refused(tmp_path, capsys):
     (out / "open_clip_config.json").write_text(json.dumps(settings))
     assert main(["import", str(out), str(tmp_path / "back.pt")]) == 2
     assert "found pool_type 'avg', expected tok: " in capsys.readouterr().err
+    (out / "open_clip_config.json").write_text("{}")
+    assert main(["import", str(out), str(tmp_path / "back.pt")]) == 2
+    assert "is no configuration of open_clip (KeyError('model_cfg'))" in capsys.readouterr().err
     assert not (tmp_path / "back.pt").exists()
 
 
