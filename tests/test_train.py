@@ -1,17 +1,19 @@
 """The main job as users run it: real launcher, real ranks, the embedded data, a tiny model."""
 
 import json
+import os
 import re
 import shutil
 import signal
 
 import pytest
 import torch
-from train_job import Job, arguments, losses, metrics, run, status
+from train_job import ROOT, Job, arguments, losses, metrics, run, status
 
 from laclip.checkpoint import find_weights, list_checkpoints, read_state, read_weights
 from laclip.cli import main
 from laclip.report import render_report
+from laclip.train import main as train
 
 
 @pytest.fixture(scope="module")
@@ -324,13 +326,26 @@ BAD_INPUT = {
 }
 
 
+@pytest.fixture
+def mistaken(monkeypatch, capsys):
+    """mistaken(words): what the job says of its words; in this process, as it ends at once."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.update({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+
+    def say(words):
+        assert train(words[1:]) == 2
+        output = capsys.readouterr().err
+        assert re.search(r"^laclip: ", output, re.MULTILINE) and "Traceback" not in output
+        return output
+
+    return say
+
+
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_mistakes_end_with_code_2_and_a_message(name, tmp_path):
+def test_mistakes_end_with_code_2_and_a_message(name, mistaken, tmp_path):
     overrides, message = BAD_INPUT[name]
-    code, output = run(arguments(tmp_path / "run", *overrides), check=False)
-    assert code == 2
-    assert re.search(r"^laclip: ", output, re.MULTILINE)
-    assert message in output and "Traceback" not in output
+    assert message in mistaken(arguments(tmp_path / "run", *overrides))
     assert not (tmp_path / "run").exists()  # before the ranks are connected
 
 
@@ -344,14 +359,13 @@ def test_mistakes_end_with_code_2_and_a_message(name, tmp_path):
         ("{", "not valid JSON"),
     ],
 )
-def test_a_json_that_disagrees_is_refused(content, message, tmp_path):
+def test_a_json_that_disagrees_is_refused(content, message, mistaken, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     words = arguments(tmp_path / "run")
     words[2] = str(path)
-    code, output = run(words, check=False)
-    assert code == 2
-    assert message in output and str(path) in output and "Traceback" not in output
+    output = mistaken(words)
+    assert message in output and str(path) in output
 
 
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_once(tmp_path):
