@@ -56,14 +56,6 @@ def test_gradients_are_clipped_alike_without_zero(tmp_path):
     assert min(record["gradient_norm"] for record in metrics(tmp_path / "0")) > 0.6
 
 
-def test_micro_batches_give_the_losses_and_norms_of_the_whole_batch(straight, tmp_path):
-    run(arguments(tmp_path / "run", "train.micro_batch_size=8"))
-    assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=1e-5)
-    norms = [record["gradient_norm"] for record in metrics(tmp_path / "run")]
-    expected = [record["gradient_norm"] for record in metrics(straight)]
-    assert norms == pytest.approx(expected, rel=1e-4)
-
-
 def test_bf16_follows_fp32(straight, tmp_path):
     run(arguments(tmp_path / "run", "train.precision=bf16"))
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=2e-2)
