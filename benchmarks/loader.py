@@ -58,7 +58,8 @@ def build_images(photos, work):
             if min(image.size) >= 500 or image.size[0] >= 600:
                 image.thumbnail((2000, 2000))
                 sources.append(image)
-    folder = work / "images"
+    folder = work / "images.part"  # a call that is cut leaves no half set under its name
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for number in range(IMAGES):
         rng = random.Random(number)
@@ -71,13 +72,15 @@ def build_images(photos, work):
         box = (x, y, min(x + box_width, image.width), min(y + box_height, image.height))
         cut = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
         cut.save(folder / f"{number:06}.jpg", quality=90)
+    folder.rename(work / "images")
     return len(sources)
 
 
 def build_dataset(work):
     """The images as webdataset tars, indexed and tokenized."""
     paths = sorted((work / "images").glob("*.jpg"))
-    folder = work / "shards"
+    folder = work / "shards.part"
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for shard, first in enumerate(range(0, len(paths), SHARD_IMAGES)):
         with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
@@ -89,6 +92,7 @@ def build_dataset(work):
                 tar.addfile(info, io.BytesIO(text))
     index(folder)
     tokenize(folder)
+    folder.rename(work / "shards")
 
 
 def random_window(width, height, rng=random):

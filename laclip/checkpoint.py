@@ -65,7 +65,7 @@ def save_checkpoint(
             error = failure
     raise_on_all(error, what)
     try:
-        with _errors_held_back(engine.checkpoint_engine) as errors:
+        with _errors_held_back(engine) as errors:
             engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
         error = errors[0] if errors else None
         if error is None:
@@ -102,26 +102,33 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def _errors_held_back(checkpoint_engine: Any) -> Iterator[list[Exception]]:
+def _errors_held_back(engine: Any) -> Iterator[list[Exception]]:
     """Collect the errors of DeepSpeed's writes.
 
     Raised inside its save_checkpoint, they would leave the other ranks waiting at its barriers.
     """
     errors: list[Exception] = []
-    save = checkpoint_engine.save
 
-    def guarded(*arguments: Any, **options: Any) -> None:
-        if not errors:
-            try:
-                save(*arguments, **options)
-            except (OSError, RuntimeError) as error:  # torch.save raises both for a full disk
-                errors.append(error)
+    def guarded(write: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> None:
+            if not errors:
+                try:
+                    write(*arguments, **options)
+                except (OSError, RuntimeError) as error:  # torch.save raises both for a full disk
+                    errors.append(error)
 
-    checkpoint_engine.save = guarded
+        return call
+
+    # The second: the first rank's copies of zero_to_fp32.py and zero_to_torch.py.
+    writes = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+    before = [getattr(owner, name) for owner, name in writes]
+    for (owner, name), write in zip(writes, before):
+        setattr(owner, name, guarded(write))
     try:
         yield errors
     finally:
-        checkpoint_engine.save = save
+        for (owner, name), write in zip(writes, before):
+            setattr(owner, name, write)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
