@@ -45,7 +45,6 @@ from laclip.tokenizer import load_tokenizer
 
 IMAGES, SHARD_IMAGES, SIZE = 4096, 512, 224
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
-RESULTS = harness.ROOT / "benchmarks" / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in NORMALIZATION["openai"])
 

@@ -47,6 +47,19 @@ def test_a_folder_in_which_a_job_runs_is_left_to_it(state, folder):
     assert folder.with_name("run.1").exists() == (state == "finished")
 
 
+def test_finished_runs_are_kept_when_they_are_run_again(folder, capsys):
+    for number in ("first", "second"):
+        open_folder(folder, FIRST, False).close()
+        (folder / "metrics.jsonl").write_text(number)
+        write_status(folder, "finished", 8)
+    open_folder(folder, SECOND, False).close()
+    assert f"is kept as '{folder}.2'" in capsys.readouterr().out
+    kept = [folder.with_name(f"run.{n}") / "metrics.jsonl" for n in (1, 2)]
+    assert [path.read_text() for path in kept] == ["first", "second"]
+    assert not (folder / "metrics.jsonl").exists()
+    assert load_config(folder / "config.toml") == SECOND
+
+
 def test_a_folder_in_which_a_start_failed_may_be_used(folder):
     folder.mkdir()
     for name in (".lock", "config.toml.partial"):
