@@ -8,7 +8,7 @@
 # (estimates; what a step took is printed after it):
 #
 #   tests 3       the kernels' tests that a GPU changes; where one fails, nothing else runs
-#   sweep 15      the losses beside their rivals; the sizes of PERFORMANCE.md's goals in the first 6
+#   sweep 15      the losses beside their rivals; the sizes of the goals (LOG.md) in the first 6
 #   tune 3        candidate tiles of the kernels
 #   plot 1        time and memory of the sweep
 #   model 3       the towers on the GPU against the CPU, a rank of NCCL, attention by backend

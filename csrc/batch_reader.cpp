@@ -360,8 +360,8 @@ bool BatchReader::is_bad(const Shard& shard, SamplePlace place,
          (!bad.empty() && bad.contains(first_sample_[place.shard] + place.index));
 }
 
-// Another sample of the same shard that stands nowhere else in the same global batch, if there is
-// one, for the bad one at `position` of that batch.
+// Another sample of the same shard that does not stand in the same global batch, if there is one,
+// for the bad one at `position` of that batch.
 SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
                                     const std::set<std::uint64_t>& bad) {
   const std::uint64_t first = slot.batch->index * options_.global_batch_size;
@@ -378,9 +378,8 @@ SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
 
 // Substitutes for all bad samples of a shard in a global batch, as far as the shard has any. Each
 // place that the shard has in the batch begins to look in a stretch of its own of one order of the
-// shard, so that ranks choose apart what they do not know of each other's bad ones; those that are
-// known are served in the order of their positions, so that no two get the same one, whichever rank
-// asks.
+// shard, past what the batch holds. So what stands in for a sample does not depend on which others
+// are bad: ranks do not know of each other's.
 void BatchReader::substitute_shard(Slot& slot, std::uint32_t number,
                                    const std::set<std::uint64_t>& bad) {
   const Shard& shard = slot.open(cache_, number);
@@ -397,13 +396,13 @@ void BatchReader::substitute_shard(Slot& slot, std::uint32_t number,
   const KeyedBijection order(count, key[0], key[1]);
   for (std::size_t place = 0; place < positions.size(); ++place) {
     if (!is_bad(shard, slot.global[positions[place]], bad)) continue;
-    const std::uint64_t begin = place * (count / positions.size());
+    const std::uint64_t begin = place * count / positions.size();
     bool done = false;
     for (std::uint64_t i = begin; i < begin + count && !done; ++i) {
       const SamplePlace found{number, static_cast<std::uint32_t>(order(i % count))};
       if (taken[found.index] || is_bad(shard, found, bad)) continue;
-      taken[found.index] = done = true;
       slot.substitutes.emplace(positions[place], found);
+      done = true;
     }
     if (!done) return;  // nor is there one for those behind
   }

@@ -15,7 +15,7 @@ import torch
 from laclip.config import Config
 from laclip.model import CLIP, compile_blocks
 from laclip.optimizer import build_optimizer
-from laclip.parallel import Ranks, meet, set_timeouts
+from laclip.parallel import JointError, Ranks, meet, set_timeouts
 
 
 def check_abilities(config: Config, device: torch.device) -> None:
@@ -78,7 +78,10 @@ def start_engine(model: CLIP, config: Config, settings: dict[str, Any], ranks: R
         weight_decay=config.optimizer.weight_decay,
         layer_decay=config.optimizer.layer_decay,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    except (AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        raise JointError(f"--deepspeed_config: DeepSpeed refuses it: {error}") from error
     # Longer than the watchdog's, which knows the reason.
     set_timeouts(config.run.timeout_minutes + 1)
     return engine

@@ -445,12 +445,20 @@ def compile_blocks(model: CLIP) -> None:
             block.after = torch.compile(block.after)
 
 
-def load_weights(model: CLIP, path: str | Path) -> None:
+def load_weights(model: CLIP, path: str | Path) -> list[str]:
     """Loads a state dict of this model, written by torch.save, plain or under "state_dict".
 
+    A part of the model (image, text, logit_scale, logit_bias) of which the file holds nothing stays
+    as it is; returns the names of these. A file without any tower is refused.
     Raises FileNotFoundError, and ValueError that names missing, extra and misshapen entries.
     """
-    load_state(model, read_checkpoint(path, "model.weights"), str(path))
+    found = read_checkpoint(path, "model.weights")
+    held = {name.partition(".")[0] for name in found}
+    parts = {name.partition(".")[0] for name in model.state_dict()}
+    left = parts - held if held <= parts and held & {"image", "text"} else set()
+    kept = {n: t for n, t in model.state_dict().items() if n.partition(".")[0] in left}
+    load_state(model, kept | found, str(path))
+    return sorted(left)
 
 
 def load_state(model: CLIP, found: dict[str, Tensor], source: str) -> None:

@@ -290,6 +290,25 @@ def test_ranks_that_know_different_bad_samples_choose_different_substitutes():
         assert len(set(chosen) | set(reader().plan(index).samples.tolist())) == 256
 
 
+@pytest.mark.parametrize("size", [128, 768])
+def test_a_substitute_does_not_depend_on_which_other_samples_are_known_to_be_bad(size):
+    settings = {"window_shards": 1, "global_batch_size": size}  # of 1,024 samples a shard
+    bad = set(range(0, 3070, 5))
+
+    def choose(known, **share):
+        part = reader(**settings, **share)
+        while known:  # as the loader finds them
+            part.mark_bad(sorted(known))
+            samples = part.plan(0).samples.tolist()
+            known = bad & set(samples)
+        return samples
+
+    expected = choose(bad)
+    assert not bad & set(expected)
+    parts = [choose({min(bad)}, rank=rank, world_size=4) for rank in range(4)]
+    assert [sample for part in parts for sample in part] == expected
+
+
 def test_a_batch_that_holds_whole_shards_still_finds_substitutes():
     wide = {"window_shards": 1, "global_batch_size": 1536}
     clean = reader(**wide).read(0)  # of 1,024 samples a shard

@@ -59,12 +59,14 @@ def test_the_configuration_is_on_the_disk_before_it_takes_the_old_ones_place(fol
     synced = []
 
     def sync(descriptor):
-        synced.append((Path(f"/proc/self/fd/{descriptor}").read_text(), stored.exists()))
+        path = Path(f"/proc/self/fd/{descriptor}")
+        synced.append((path.read_text() if path.is_file() else "its folder", stored.exists()))
 
     stored = folder / "config.toml"
     monkeypatch.setattr(os, "fsync", sync)
     open_folder(folder, FIRST, False).close()
-    assert synced == [(dump(FIRST), False)] and stored.read_text() == dump(FIRST)
+    assert synced == [(dump(FIRST), False), ("its folder", True)]
+    assert stored.read_text() == dump(FIRST)
 
 
 def test_files_of_another_kind_are_left_alone(folder):

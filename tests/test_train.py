@@ -354,6 +354,18 @@ def test_a_json_that_disagrees_is_refused(content, message, tmp_path):
     assert message in output and str(path) in output and "Traceback" not in output
 
 
+def test_what_deepspeed_refuses_is_a_message_not_a_traceback(tmp_path):
+    words = arguments(tmp_path / "run")
+    words[2] = str(tmp_path / "ds.json")
+    zero = {"stage": 2, "reduce_scatter": True}
+    settings = {"gradient_predivide_factor": 2.0, "zero_optimization": zero}
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    code, output = run(words, check=False)
+    assert code == 2
+    assert "laclip: --deepspeed_config: DeepSpeed refuses it: gradient_predivide_factor" in output
+    assert "Traceback" not in output
+
+
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_once(tmp_path):
     code, output = run(arguments(tmp_path / "r", "train.global_batch_size=33"), 2, check=False)
     assert code == 2
