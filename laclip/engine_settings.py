@@ -35,6 +35,10 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown key {key!r}; did you mean 'zero_optimization'?")
     for key in [key for key, value in zero.items() if value == "auto"]:
         del zero[key]  # DeepSpeed takes its default then
+    # With these DeepSpeed writes checkpoints that it loads wrongly on another number of ranks, and
+    # not at all. All they give is speed.
+    for key in ("round_robin_gradients", "stage3_module_granularity_threshold"):
+        zero.pop(key, None)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     if batch % ranks.world_size:
         raise ValueError(

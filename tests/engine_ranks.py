@@ -7,6 +7,7 @@ LACLIP_MATRIX_ON_FOUR set, four ranks run the matrix of stages and precisions to
 """
 
 import datetime
+import json
 import os
 import sys
 from functools import partial
@@ -42,6 +43,7 @@ BATCH, LARGE_BATCH = 16, 64
 MATRIX_STEPS, SHAPE_STEPS, GUARD_STEPS, ELASTIC_STEPS = 20, 3, 5, 3
 BAD_LOSS, BAD_GRADIENT = 1, 3  # steps of the guards' runs
 BEYOND_THE_CLAMP = "model.init_logit_scale=4.608"  # ln 100 is 4.6052: it falls below in few steps
+MORE = {"round_robin_gradients": True, "stage3_module_granularity_threshold": 100}
 LOCKED = "model.lock_image=true"
 
 
@@ -79,8 +81,13 @@ def own_part(batch: LoadedBatch, ranks) -> LoadedBatch:
     )
 
 
-def start(config, stage, ranks, universal=False):
+def start(config, stage, ranks, universal=False, folder=None):
     path = ROOT / f"configs/deepspeed/zero{stage}.json"
+    if folder:  # with what a user may have added
+        content = json.loads(path.read_text())
+        content["zero_optimization"] |= MORE
+        path = folder / f"zero{stage}_{ranks.rank}.json"
+        path.write_text(json.dumps(content))
     settings = engine_settings(path, config, ranks)
     settings["checkpoint"] = {"load_universal": universal}
     return laclip.engine.start_engine(new_model(config), config, settings, ranks)
@@ -220,13 +227,14 @@ def run_elastic(ranks, folder: Path) -> dict:
             checkpoints = folder / f"stage_{stage}{'_locked' * len(overrides)}"
             newest = newest_checkpoint(checkpoints, ranks)
             if newest is None:
-                first, engine = 0, start(config, stage, ranks)
+                first, engine = 0, start(config, stage, ranks, folder=folder)
             else:
                 first = newest[1]["step"]
                 with fit_checkpoint(*newest, stage, ranks) as source:
                     # Other weights to begin with: all must come from the checkpoint.
                     other = configure(*overrides, "run.seed=7")
-                    engine = start(other, stage, ranks, universal=source != newest[0])
+                    universal = source != newest[0]
+                    engine = start(other, stage, ranks, universal, folder)
                     load_checkpoint(engine, source, *newest, ranks)
             steps = train(engine, config, stage, ranks, range(first, first + ELASTIC_STEPS))
             state = {"step": first + ELASTIC_STEPS, "score": None}
