@@ -27,6 +27,12 @@ class LossScale:
         self.active = precision == "fp16"
         self.value, self.good_steps = saved if self.active else (1.0, 0)
 
+    @property
+    def of_a_rank(self) -> float:
+        """What a rank multiplies by: its gradients, of which the ranks take the mean, are as many
+        times those of the batch as there are ranks, and would overflow that much sooner."""
+        return self.value / dist.get_world_size() if self.active else 1.0
+
     def update(self, applied: bool) -> None:
         if not self.active:
             return
@@ -124,7 +130,7 @@ def train_step(
         for features, leaf in zip(outputs, leaves):
             if features is not None:
                 surrogate = surrogate + (features.float() * leaf.grad[..., part, :]).sum()
-        backward(engine, surrogate / loss_scale.value, stage, loss_scale)
+        backward(engine, surrogate / loss_scale.of_a_rank, stage, loss_scale)
     finish_step(engine, stage, loss_scale, result, config.optimizer.clip_norm)
     return result
 
@@ -141,9 +147,9 @@ def backward(engine: Any, loss: torch.Tensor, stage: int, loss_scale: LossScale)
     """The backward of one micro-batch; its gradients come out multiplied by the loss scale."""
     if loss_scale.active and stage > 0:
         # ZeRO multiplies the loss, and divides the gradients before it clips and updates.
-        engine.optimizer.override_loss_scale(loss_scale.value)
+        engine.optimizer.override_loss_scale(loss_scale.of_a_rank)
     elif loss_scale.active:
-        loss = loss * loss_scale.value
+        loss = loss * loss_scale.of_a_rank
     engine.backward(loss, scale_wrt_gas=False)
 
 
@@ -164,7 +170,7 @@ def finish_step(
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     if loss_scale.active:
         for gradient in gradients:
-            gradient.div_(loss_scale.value)
+            gradient.div_(loss_scale.of_a_rank)
     result._norm = torch.nn.utils.get_total_norm(gradients)
     result.applied = bool(result._norm.isfinite())
     if not result.applied:

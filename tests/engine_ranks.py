@@ -40,7 +40,7 @@ TINY = [
 ]
 STAGES = (0, 1, 2, 3)
 BATCH, LARGE_BATCH = 16, 64
-MATRIX_STEPS, SHAPE_STEPS, GUARD_STEPS, ELASTIC_STEPS = 20, 3, 5, 3
+FP16_STEPS, MATRIX_STEPS, SHAPE_STEPS, GUARD_STEPS, ELASTIC_STEPS = 10, 20, 3, 5, 3
 BAD_LOSS, BAD_GRADIENT = 1, 3  # steps of the guards' runs
 BEYOND_THE_CLAMP = "model.init_logit_scale=4.608"  # ln 100 is 4.6052: it falls below in few steps
 MORE = {"round_robin_gradients": True, "stage3_module_granularity_threshold": 100}
@@ -127,6 +127,11 @@ def run_matrix(ranks) -> dict:
             steps = train(engine, config, stage, ranks, range(MATRIX_STEPS))
             found[stage, precision, size] = steps, weights(engine, stage)
     return found
+
+
+def run_fp16(ranks) -> list[tuple]:
+    config = configure("train.precision=fp16")
+    return train(start(config, 1, ranks), config, 1, ranks, range(FP16_STEPS))
 
 
 def run_shapes(ranks, micro_batch_sizes) -> dict:
@@ -263,8 +268,10 @@ def main() -> None:
         except JointError as error:
             found["refused"] = str(error)
         found["shapes"] = run_shapes(ranks, (0, 16))
+        found["fp16"] = run_fp16(ranks)
     elif ranks.world_size == 2:
         found["shapes"] = run_shapes(ranks, (16,))
+        found["fp16"] = run_fp16(ranks)
         found["matrix"] = run_matrix(ranks)
         found["guards"] = run_guards(ranks)
         found["events"] = run_events(ranks)
