@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from laclip.config import Config
+from laclip.metrics import say
 from laclip.parallel import Ranks
 
 FILLED = {  # keys of DeepSpeed's JSON whose values the TOML owns
@@ -35,6 +36,11 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown key {key!r}; did you mean 'zero_optimization'?")
     for key in [key for key, value in zero.items() if value == "auto"]:
         del zero[key]  # DeepSpeed takes its default then
+    # With these DeepSpeed writes checkpoints that it loads wrongly on another number of ranks, and
+    # not at all. All they give is speed.
+    for key in ("round_robin_gradients", "stage3_module_granularity_threshold"):
+        if zero.pop(key, None) and ranks.is_first:
+            say(f"laclip: {path}: {key} is passed over: with it DeepSpeed's checkpoints are wrong")
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     if batch % ranks.world_size:
         raise ValueError(

@@ -231,7 +231,7 @@ def run(
     total_steps = schedule.total_steps
     step = saved_step = state["step"]
     best = from_first(best_score(checkpoints) if ranks.is_first else None)
-    loss_scale = LossScale(config.train.precision, *([state["loss_scale"]] if found else []))
+    loss_scale = LossScale(config.train.precision, batch_size, state.get("loss_scale"))
     if ranks.is_first:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         say(

@@ -22,12 +22,23 @@ if TYPE_CHECKING:
 class LossScale:
     """What fp16's gradients are multiplied by, so that small ones are not lost; 1 without fp16.
 
-    It is halved where they overflow, and doubled after 2000 steps in which they did not.
+    It is halved where they overflow, and doubled after 2000 steps in which they did not. It counts
+    for the whole batch's mean loss, and begins at about 256 for each of its samples: what others
+    begin with, 65,536, on a rank of 256.
     """
 
-    def __init__(self, precision: str, saved: tuple[float, int] = (65536.0, 0)):
+    def __init__(self, precision: str, batch_size: int, saved: tuple[float, int] | None = None):
         self.active = precision == "fp16"
-        self.value, self.good_steps = saved if self.active else (1.0, 0)
+        begin = 2.0 ** round(math.log2(256 * batch_size)), 0
+        self.value, self.good_steps = (saved or begin) if self.active else (1.0, 0)
+
+    @property
+    def of_a_rank(self) -> float:
+        """What a rank multiplies its loss by, of which the batch's is the mean over the ranks.
+
+        So a sample's gradients overflow alike on any number of ranks.
+        """
+        return self.value / dist.get_world_size() if self.active else 1.0
 
     def update(self, applied: bool) -> None:
         if not self.active:
@@ -125,7 +136,7 @@ def train_step(
         for features, leaf in zip(outputs, leaves):
             if features is not None:
                 surrogate = surrogate + (features.float() * leaf.grad[..., part, :]).sum()
-        backward(engine, surrogate / loss_scale.value, stage, loss_scale)
+        backward(engine, surrogate / loss_scale.of_a_rank, stage, loss_scale)
     finish_step(engine, stage, loss_scale, result, config.optimizer.clip_norm)
     return result
 
@@ -142,9 +153,9 @@ def backward(engine: Any, loss: torch.Tensor, stage: int, loss_scale: LossScale)
     """The backward of one micro-batch; its gradients come out multiplied by the loss scale."""
     if loss_scale.active and stage > 0:
         # ZeRO multiplies the loss, and divides the gradients before it clips and updates.
-        engine.optimizer.override_loss_scale(loss_scale.value)
+        engine.optimizer.override_loss_scale(loss_scale.of_a_rank)
     elif loss_scale.active:
-        loss = loss * loss_scale.value
+        loss = loss * loss_scale.of_a_rank
     engine.backward(loss, scale_wrt_gas=False)
 
 
@@ -165,7 +176,7 @@ def finish_step(
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     if loss_scale.active:
         for gradient in gradients:
-            gradient.div_(loss_scale.value)
+            gradient.div_(loss_scale.of_a_rank)
     norm = torch.nn.utils.get_total_norm(gradients)
     result._norm = norm.item()  # the host's one wait: read later, it would wait for the update
     result.applied = math.isfinite(result._norm)

@@ -6,6 +6,7 @@ Writes what it found to FOLDER/found_{WORLD_SIZE}_{RANK}.pt; tests/test_engine.p
 """
 
 import datetime
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -37,9 +38,11 @@ TINY = [
 ]
 STAGES = (0, 1, 2, 3)
 BATCH, LARGE_BATCH = 16, 64
-MATRIX_STEPS, SHAPE_STEPS, GUARD_STEPS, ELASTIC_STEPS = 20, 3, 5, 3
+FP16_STEPS, MATRIX_STEPS, SHAPE_STEPS, GUARD_STEPS, ELASTIC_STEPS = 10, 20, 3, 5, 3
+TOO_HIGH = 65536.0, 0  # a loss scale under which the first gradients overflow
 BAD_LOSS, BAD_GRADIENT = 1, 3  # steps of the guards' runs
 BEYOND_THE_CLAMP = "model.init_logit_scale=4.608"  # ln 100 is 4.6052: it falls below in few steps
+MORE = {"round_robin_gradients": True, "stage3_module_granularity_threshold": 100}
 LOCKED = "model.lock_image=true"
 
 
@@ -77,8 +80,13 @@ def own_part(batch: LoadedBatch, ranks) -> LoadedBatch:
     )
 
 
-def start(config, stage, ranks, universal=False):
+def start(config, stage, ranks, universal=False, folder=None):
     path = ROOT / f"configs/deepspeed/zero{stage}.json"
+    if folder:  # with what a user may have added
+        content = json.loads(path.read_text())
+        content["zero_optimization"] |= MORE
+        path = folder / f"zero{stage}_{ranks.rank}.json"
+        path.write_text(json.dumps(content))
     settings = engine_settings(path, config, ranks)
     settings["checkpoint"] = {"load_universal": universal}
     return laclip.engine.start_engine(new_model(config), config, settings, ranks)
@@ -97,7 +105,7 @@ def train(
 ) -> list[tuple]:
     """(loss, logit_scale, gradient norm, applied) of each step."""
     found = []
-    loss_scale = LossScale(config.train.precision)
+    loss_scale = LossScale(config.train.precision, config.train.global_batch_size, TOO_HIGH)
     for index in steps:
         batch = own_part(global_batch(index, config.train.global_batch_size), ranks)
         spoil(batch)
@@ -118,6 +126,11 @@ def run_matrix(ranks) -> dict:
             steps = train(engine, config, stage, ranks, range(MATRIX_STEPS))
             found[stage, precision, size] = steps, weights(engine, stage)
     return found
+
+
+def run_fp16(ranks) -> list[tuple]:
+    config = configure("train.precision=fp16")
+    return train(start(config, 1, ranks), config, 1, ranks, range(FP16_STEPS))
 
 
 def run_shapes(ranks, micro_batch_sizes) -> dict:
@@ -218,13 +231,14 @@ def run_elastic(ranks, folder: Path) -> dict:
             checkpoints = folder / f"stage_{stage}{'_locked' * len(overrides)}"
             newest = newest_checkpoint(checkpoints, ranks)
             if newest is None:
-                first, engine = 0, start(config, stage, ranks)
+                first, engine = 0, start(config, stage, ranks, folder=folder)
             else:
                 first = newest[1]["step"]
                 with fit_checkpoint(*newest, stage, ranks) as source:
                     # Other weights to begin with: all must come from the checkpoint.
                     other = configure(*overrides, "run.seed=7")
-                    engine = start(other, stage, ranks, universal=source != newest[0])
+                    universal = source != newest[0]
+                    engine = start(other, stage, ranks, universal, folder)
                     load_checkpoint(engine, source, *newest, ranks)
             steps = train(engine, config, stage, ranks, range(first, first + ELASTIC_STEPS))
             state = {"step": first + ELASTIC_STEPS, "score": None}
@@ -253,8 +267,10 @@ def main() -> None:
         except JointError as error:
             found["refused"] = str(error)
         found["shapes"] = run_shapes(ranks, (0, 16))
+        found["fp16"] = run_fp16(ranks)
     elif ranks.world_size == 2:
         found["shapes"] = run_shapes(ranks, (16,))
+        found["fp16"] = run_fp16(ranks)
         found["matrix"] = run_matrix(ranks)
         found["guards"] = run_guards(ranks)
         found["events"] = run_events(ranks)

@@ -116,7 +116,10 @@ def measure(folder: Path, name: str, ranks) -> tuple[float, ...]:
     )
 
     def step() -> None:
-        stage, scale = zero["stage"], LossScale(config.train.precision)
+        stage, scale = (
+            zero["stage"],
+            LossScale(config.train.precision, config.train.global_batch_size),
+        )
         train_step(engine, batch, config, ranks, stage, scale, lambda: None)
 
     step()

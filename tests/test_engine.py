@@ -151,6 +151,13 @@ def test_every_zero_stage_follows_a_plain_loop_in_fp16(found, stage, size):
     assert mine == pytest.approx(expected, rel=2e-2)
 
 
+def test_in_fp16_any_number_of_ranks_skips_the_same_steps(found):
+    one, two = (found[world_size][0]["fp16"] for world_size in (1, 2))
+    skipped = [not step[3] for step in one]
+    assert skipped[0] and not all(skipped) and skipped == [not step[3] for step in two]
+    assert [step[0] for step in two] == pytest.approx([step[0] for step in one], rel=2e-3)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_loss_and_gradients_do_not_depend_on_ranks_and_micro_batches(found, stage):
     """1 x 64, 4 x 16 and 2 ranks x 2 x 16, patch dropout replayed; SGD, no clipping."""
