@@ -7,8 +7,16 @@ import shutil
 import signal
 
 import pytest
-import torch
-from train_job import ROOT, Job, arguments, losses, metrics, run, status
+from train_job import (
+    ROOT,
+    Job,
+    arguments,
+    assert_its_last_checkpoint_holds_its_weights,
+    losses,
+    metrics,
+    run,
+    status,
+)
 
 from laclip import _native
 from laclip.checkpoint import find_weights, list_checkpoints, read_state, read_weights
@@ -34,18 +42,11 @@ def test_the_launchers_two_ranks_give_the_losses_of_one(straight, tmp_path):
     assert "2 CPU rank(s)" in output or "CUDA" in output
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_stages_give_the_losses_of_stage_1(straight, tmp_path, stage):
-    run(arguments(tmp_path / "run", "train.steps=8", stage=stage), ranks=2)
+def test_zero_stage_3_gives_the_losses_of_stage_1(straight, tmp_path):
+    run(arguments(tmp_path / "run", stage=3), ranks=2)
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=1e-4)
     assert_its_last_checkpoint_holds_its_weights(tmp_path / "run")
     assert_its_last_checkpoint_holds_its_weights(straight)
-
-
-def assert_its_last_checkpoint_holds_its_weights(folder):
-    last, final = (read_weights(find_weights(folder, which)) for which in ("newest", None))
-    assert last.keys() == final.keys()
-    assert all(torch.equal(last[name], final[name]) for name in final)
 
 
 def test_gradients_are_clipped_alike_without_zero(tmp_path):
@@ -68,11 +69,10 @@ def test_bf16_follows_fp32(straight, tmp_path):
     assert scales == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("overrides", [["train.loss=siglip"], ["data.captions=multi"]])
-def test_other_losses_fall_and_do_not_depend_on_the_split(overrides, tmp_path):
+def test_the_loss_of_all_variants_falls_and_does_not_depend_on_the_split(tmp_path):
     found = []
     for name, ranks, more in (("a", 1, []), ("b", 2, ["train.micro_batch_size=8"])):
-        settings = [*overrides, *more, "optimizer.lr=3e-3", "optimizer.start_lr=3e-3"]
+        settings = ["data.captions=multi", *more, "optimizer.lr=3e-3", "optimizer.start_lr=3e-3"]
         run(arguments(tmp_path / name, *settings), ranks=ranks)
         found.append(losses(tmp_path / name))
     assert found[0] == pytest.approx(found[1], abs=1e-4)
