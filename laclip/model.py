@@ -44,6 +44,18 @@ class LayerNorm(nn.LayerNorm):
         return output.to(input.dtype)
 
 
+class FinalNorm(nn.LayerNorm):
+    """Layer normalization in its parameters' dtype, under autocast too.
+
+    It widens its input itself: ZeRO-3 takes a parameter that another module reads for that one's,
+    from then on, and its record of the modules' order no longer fits.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
 class Block(nn.Module):
     """A pre-norm transformer block; with `pooled`, all but its attention on those rows alone.
 
@@ -98,7 +110,7 @@ class Tower(nn.Module):
         super().__init__()
         self.recompute = False
         self.blocks: Any = nn.ModuleList([Block(config, **attention) for _ in range(config.depth)])
-        self.norm = LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.norm = FinalNorm(config.width, eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=config.width**-0.5)
 
@@ -107,8 +119,7 @@ class Tower(nn.Module):
         for block in self.blocks:
             inputs = x, layout, pooled if block is self.blocks[-1] else None
             x = _again(block, *inputs) if self.recompute else block(*inputs)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.norm(x.to(self.norm.weight.dtype))
+        return self.norm(x)
 
     def project(self, pooled: Tensor) -> Tensor:
         """Pooled rows [pooled, width] to unit-length features [pooled, embed_dim].

@@ -230,7 +230,14 @@ def run_elastic(ranks, folder: Path) -> dict:
             state = {"step": first + ELASTIC_STEPS, "score": None}
             save_checkpoint(engine, checkpoints, state, stage, ranks)
             left = sorted(path.name for path in checkpoints.glob("*") if path.suffix != ".py")
-            found[stage, bool(overrides)] = steps, weights(engine, stage), left
+            # Parameters that a module read of another one: ZeRO-3 counts them as its own from then
+            # on, and a run that went on ended with a "tracing error".
+            foreign = [
+                name
+                for name, module in engine.module.named_modules()
+                if getattr(module, "_external_params", None)
+            ]
+            found[stage, bool(overrides)] = steps, weights(engine, stage), left, foreign
     return found
 
 

@@ -220,6 +220,7 @@ def test_a_run_goes_on_under_another_number_of_ranks(found, stage, locked):
     compare((steps, runs[-1][1]), plain, loss=1e-5, norm=1e-4, weights=1e-5)
     count = ranks_program.ELASTIC_STEPS
     assert runs[-1][2] == [f"step_{count * part:08d}" for part in (1, 2, 3)]
+    assert not any(run[3] for run in runs)
 
 
 def test_checkpoints_of_another_zero_stage_are_refused_by_name(found):
