@@ -240,10 +240,10 @@ def test_an_image_with_a_blank_caption_is_not_used(dataset, caption):
     assert sum(batch.substitutes for batch in found) == 1
     assert not any(VICTIM in batch.samples for batch in found)
     assert all((batch.captions.lengths > 2).all() for batch in found)
-    dataset = open_dataset(folder)
-    held_out, victim = HeldOutSet(dataset, load_tokenizer(), 77), dataset.samples(0).key(VICTIM)
+    opened = open_dataset(folder)
+    held_out, victim = HeldOutSet(opened, load_tokenizer(), 77), opened.samples(0).key(VICTIM)
     names = held_out.images.names
-    assert f"00000.tar/{victim}" not in names and len(names) == dataset.num_samples - 1
+    assert f"00000.tar/{victim}" not in names and len(names) == opened.num_samples - 1
     assert held_out.images.flagged == 1 and "" not in held_out.texts
 
 
