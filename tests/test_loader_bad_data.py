@@ -240,8 +240,11 @@ def test_an_image_with_a_blank_caption_is_not_used(dataset, caption):
     assert sum(batch.substitutes for batch in found) == 1
     assert not any(VICTIM in batch.samples for batch in found)
     assert all((batch.captions.lengths > 2).all() for batch in found)
-    held_out = HeldOutSet(open_dataset(folder), load_tokenizer(), 77)
-    assert VICTIM not in [index for _, index in held_out.samples] and "" not in held_out.texts
+    opened = open_dataset(folder)
+    held_out, victim = HeldOutSet(opened, load_tokenizer(), 77), opened.samples(0).key(VICTIM)
+    names = held_out.images.names
+    assert f"00000.tar/{victim}" not in names and len(names) == opened.num_samples - 1
+    assert held_out.images.flagged == 1 and "" not in held_out.texts
 
 
 def test_an_image_above_max_pixels_is_refused_before_decoding(dataset, tmp_path):

@@ -7,7 +7,15 @@ import sys
 
 import pytest
 import torch
-from train_job import ROOT, TINY, arguments, losses, metrics, run
+from train_job import (
+    ROOT,
+    TINY,
+    arguments,
+    assert_its_last_checkpoint_holds_its_weights,
+    losses,
+    metrics,
+    run,
+)
 
 from laclip.config import load_config
 from laclip.model import build_model
@@ -18,7 +26,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("loss, stage, micro", [("clip", 2, 8), ("siglip", 1, 0)])
+@pytest.mark.parametrize("loss, stage, micro", [("clip", 2, 8), ("siglip", 1, 8)])
 def test_updates_on_two_ranks_are_those_of_open_clip_on_one(tmp_path, loss, stage, micro):
     settings = [*SETTINGS, f"train.loss={loss}", f"train.micro_batch_size={micro}"]
     config = load_config(ROOT / "configs" / "demo.toml", [*TINY, *settings])
@@ -40,3 +48,4 @@ def test_updates_on_two_ranks_are_those_of_open_clip_on_one(tmp_path, loss, stag
     assert max(norms) > config.optimizer.clip_norm
     assert losses(tmp_path / "run") == pytest.approx(theirs["losses"], rel=1e-6)
     assert theirs["apart"] < 1e-4
+    assert_its_last_checkpoint_holds_its_weights(tmp_path / "run")

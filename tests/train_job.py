@@ -118,6 +118,14 @@ def status(folder):
     return json.loads((folder / "status.json").read_text())
 
 
+def assert_its_last_checkpoint_holds_its_weights(folder):
+    from laclip.checkpoint import find_weights, read_weights
+
+    last, final = (read_weights(find_weights(folder, which)) for which in ("newest", None))
+    assert last.keys() == final.keys()
+    assert all(last[name].equal(final[name]) for name in final)
+
+
 # The job, whose first rank stops itself (SIGSTOP) once it has reported a number of steps.
 PAUSED = """
 import os, runpy, signal, sys
