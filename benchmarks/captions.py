@@ -43,7 +43,6 @@ from laclip.prepare.index import index
 from laclip.prepare.tokenize import tokenize
 from laclip.tokenizer import load_tokenizer
 
-RESULTS = harness.ROOT / "benchmarks" / "results"
 SHARD_SAMPLES, DISTINCT = 10_000, 200
 SIZES = (1, 1_000, 40_000)  # shards
 BAD_SHARES, BAD_SHARDS = (0.0, 0.0001, 0.01, 0.5), 8

@@ -8,7 +8,6 @@ one core, from the page cache; their results are checked to be equal first.
 """
 
 import argparse
-import gzip
 import io
 import json
 import os
@@ -32,7 +31,7 @@ from laclip.dataset import SAMPLE_RECORD, open_dataset
 from laclip.prepare.folder import samples_summary, write_manifest
 from laclip.prepare.index import index
 from laclip.prepare.tokenize import MAX_TOKENS, tokenize
-from laclip.tokenizer import VOCABULARY
+from laclip.tokenizer import ReferenceTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "dataset.jsonl"
 EMOJI = Path(__file__).parent.parent / "examples" / "emoji" / "train"
@@ -131,16 +130,8 @@ def rival_tokenizer():
     import tokenizers
     from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-    lines = gzip.decompress(VOCABULARY.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 1]
-    merges = [tuple(line.split()) for line in lines]
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    names = [chr(byte) for byte in printable] + [chr(0x100 + i) for i in range(256 - 188)]
-    symbols = [*names, *(name + "</w>" for name in names), *(a + b for a, b in merges)]
-    model = models.BPE(
-        vocab={symbol: i for i, symbol in enumerate(symbols)},
-        merges=merges,
-        end_of_word_suffix="</w>",
-    )
+    twin = ReferenceTokenizer()
+    model = models.BPE(vocab=twin._ids, merges=list(twin._ranks), end_of_word_suffix="</w>")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

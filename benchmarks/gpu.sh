@@ -8,21 +8,29 @@
 # (estimates; what a step took is printed after it):
 #
 #   tests 3       the kernels' tests that a GPU changes; where one fails, nothing else runs
-#   sweep 15      the losses beside their rivals; the sizes of PERFORMANCE.md's goals in the first 6
+#   sweep 15      the losses beside their rivals; the sizes of the goals (LOG.md) in the first 6
 #   tune 3        candidate tiles of the kernels
 #   plot 1        time and memory of the sweep
 #   model 3       the towers on the GPU against the CPU, a rank of NCCL, attention by backend
-#   train 6       the training step beside open_clip's
-#   sanitize 6    compute-sanitizer on small shapes, at most 2 minutes a tool
+#   train 8       the training step beside open_clip's; half of it is compilation
+#   sanitize 6    compute-sanitizer on small shapes, at most 3 minutes a tool
 #   resources 2   registers, spills and shared memory of every kernel
-#   loader 10     images and the whole job against the CPU's, the loader beside its rivals; only
-#                 where it is named: needs DALI, DeepSpeed and PHOTOS, a folder of photographs
+#   job 4         images and the whole job against the CPU's; only where it is named: needs DALI and
+#                 DeepSpeed
+#   loader 11     the loader beside its rivals; only where it is named: needs DALI and PHOTOS, a
+#                 folder of photographs
+#
+# Where a command is cut at ten minutes, these are the calls, what matters most first (minutes):
+#
+#   tests model (6); sweep plot with SWEEP="--sizes 32768,65536" (5); train (8); tune resources (5);
+#   job (4); sanitize (6 to 9); sweep with SWEEP="--sizes 8192,16384,4096" (6); the same with 131072
+#   (4); loader with LOADER="--parts rivals reader" (7), then with LOADER="--parts gpu failures" (5)
 #
 # A step that fails lets the others run, and is named at the end. Every record is written as it
 # comes, so a run that is cut keeps what it had. Environment: PYTHON, the interpreter (default:
 # .venv's where there is one); RIVALS, a folder with the packages of rivals below (default: they are
 # installed there by pip, where a package index answers); COMMIT, what the records name where git
-# does not answer; SWEEP, TUNE and TRAIN, options of those steps, such as
+# does not answer; SWEEP, TUNE, TRAIN and LOADER, options of those steps, such as
 # SWEEP="--sizes 32768 --dims 768" where time is short.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -63,9 +71,10 @@ if [ ! -d "$rivals" ]; then
 fi
 beside_rivals=(env PYTHONPATH="$(realpath -m "$rivals")${PYTHONPATH:+:$PYTHONPATH}" "$python")
 
+spread=()
+if "$python" -c "import xdist" 2>/dev/null; then spread=(-n 8); fi
+
 tests() {
-  local spread=()
-  if "$python" -c "import xdist" 2>/dev/null; then spread=(-n 8); fi
   "$python" -m pytest tests/kernels -q -p no:cacheprovider "${spread[@]}" \
     -k "test_accuracy or test_behaviour or test_inputs" | tee "$folder/gpu_tests.txt"
 }
@@ -98,15 +107,17 @@ train() {
 }
 
 sanitize() {
-  local tool code=0
-  local sanitizer
+  local tool sanitizer code=0
   sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
   if [ ! -x "$sanitizer" ]; then
     echo "gpu.sh: compute-sanitizer is not installed (package cuda-sanitizer)" >&2
     return 1
   fi
+  # Without PyTorch's cache each tensor is an allocation of its own. With it they are parts of one
+  # of 2 MB, of which the tools see neither the tensors' ends nor what was never written.
   for tool in memcheck racecheck initcheck; do
-    timeout 120 "$sanitizer" --tool $tool --error-exitcode 9 "$python" -m pytest -q \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after 10 170 \
+      "$sanitizer" --tool $tool --launch-timeout 0 --error-exitcode 9 "$python" -m pytest -q \
       -p no:cacheprovider tests/kernels/test_accuracy.py -k "twice and triton and 65-200" |
       tee "$folder/gpu_$tool.txt" || code=1
   done
@@ -117,22 +128,25 @@ resources() {
   "$python" -m laclip.kernels.resources | tee "$folder/resources.md"
 }
 
+job() {
+  "$python" -m pytest tests/test_images_gpu.py tests/test_train_gpu.py -q -p no:cacheprovider \
+    "${spread[@]}" | tee "$folder/gpu_job.txt"
+}
+
 loader() {
-  local code=0
-  "$python" -m pytest tests/test_images_gpu.py tests/test_train_gpu.py -q -p no:cacheprovider |
-    tee "$folder/gpu_job.txt" || code=1
+  # The photographs stay for the next call.
   "${beside_rivals[@]}" benchmarks/loader.py --photos "${PHOTOS:?a folder of photographs}" \
-    --work "$work/photos" --out "$folder/loader_gpu.jsonl" || code=1
-  return $code
+    --work "${TMPDIR:-/tmp}/laclip_photos" --seconds 5 --out "$folder/loader_gpu.jsonl" \
+    ${LOADER:-}
 }
 
 failed=()
 for step in "${steps[@]}"; do
   case $step in
-  tests | sweep | tune | plot | model | train | sanitize | resources | loader) ;;
+  tests | sweep | tune | plot | model | train | sanitize | resources | job | loader) ;;
   *)
     echo "gpu.sh: no step '$step'; there are tests, sweep, tune, plot, model, train, sanitize," \
-      "resources, loader" >&2
+      "resources, job, loader" >&2
     exit 2
     ;;
   esac

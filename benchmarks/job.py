@@ -25,8 +25,10 @@ import harness
 import torch
 import torch.distributed as dist
 
+from laclip.checkpoint import main_score
 from laclip.config import Config, load_config
 from laclip.convert import read_checkpoint, to_laclip
+from laclip.dataset import open_dataset
 from laclip.evaluation.held_out import evaluate
 from laclip.model import build_model
 from laclip.parallel import Ranks
@@ -119,8 +121,7 @@ def scores(weights: dict, config: Config) -> dict[str, float]:
             batch_size=config.evaluation.batch_size,
             ranks=Ranks(0, 1, 0, DEVICE),
         )
-        measure = "recall_at_1" if "recall_at_1" in task_scores else "top1"
-        found[name] = task_scores[measure]
+        found[name] = main_score(task_scores)
     return found
 
 
@@ -140,11 +141,7 @@ def main() -> None:
     os.chdir(ROOT)  # the configuration's folders are relative to it
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     config = load_config(CONFIG, [])
-    samples = sum(
-        shard["samples"]
-        for part in config.data.train
-        for shard in json.loads(Path(part, "dataset.json").read_text())["shards"]
-    )
+    samples = sum(open_dataset(path).num_samples for path in config.data.train)
     batch = config.train.global_batch_size
     records = []
     with tempfile.TemporaryDirectory() as place:

@@ -18,9 +18,7 @@ import gc
 import itertools
 import json
 import os
-import platform
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -33,6 +31,7 @@ os.environ["RAYON_NUM_THREADS"] = "2"  # of Hugging Face's, where it is let use 
 import instant_clip_tokenizer
 import numpy as np
 import tokenizers
+from harness import facts
 from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -167,36 +166,24 @@ def seconds_of(make, texts, warm):
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def git_commit():
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
+PACKAGES = ["ftfy", "regex", "tokenizers", "open_clip_torch", "instant-clip-tokenizer"]
 
 
-def machine():
-    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    name = model[1] if model else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, shared; {platform.system()} {platform.machine()}"
-
-
-PACKAGES = ["numpy", "ftfy", "regex", "tokenizers", "open_clip_torch", "instant-clip-tokenizer"]
-
-
-def record(name, shape, dtype, seconds, count, unit, **more):
+def record(name, shape, seconds, count, unit, **more):
     low, middle, high = np.percentile(seconds, [20, 50, 80]).tolist()
+    here = facts("cpu")
     return {
         "name": name,
         "shape": shape,
-        "dtype": dtype,
+        "dtype": "str",
         "median": middle,
         "p20": low,
         "p80": high,
         "throughput": count / middle,
         "unit": unit,
         "peak_memory_mib": None,
-        "machine": machine(),
-        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
-        "commit": git_commit(),
+        **here,
+        "versions": here["versions"] | {package: version(package) for package in PACKAGES},
         **more,
     }
 
@@ -211,7 +198,7 @@ def measure(name, cases, texts, reference, rounds):
             times[case].append(seconds_of(make, texts, warm))
     records = []
     for case, (make, _) in cases.items():
-        found = make().ids(texts) if case not in ("laclip batches of 256",) else reference
+        found = make().ids(texts) if case != "laclip batches of 256" else reference
         equal = sum(a == b for a, b in zip(found, reference)) / len(texts)
         wall, processor = zip(*times[case])
         clock = "wall" if "2 threads" in case else "processor"
@@ -221,7 +208,6 @@ def measure(name, cases, texts, reference, rounds):
             record(
                 f"tokenizer/{name}/{case}",
                 [len(texts)],
-                "str",
                 seconds,
                 len(texts),
                 "captions/s",
@@ -276,7 +262,7 @@ def measure_start(rounds):
     rows = []
     for i, name in ((0, "start"), (2, "first text beyond ASCII")):
         memory = statistics.median(columns[i + 1])
-        rows.append(record(f"tokenizer/{name}", [1], "str", columns[i], 1, "1/s"))
+        rows.append(record(f"tokenizer/{name}", [1], columns[i], 1, "1/s"))
         rows[-1]["peak_memory_mib"] = memory
         print(f"{rows[-1]['name']:58} {rows[-1]['median'] * 1e3:12.1f} ms {memory:14.1f} MiB")
     return rows

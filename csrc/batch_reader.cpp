@@ -376,10 +376,10 @@ SamplePlace BatchReader::substitute(Slot& slot, std::size_t position,
   return any_good(place, (first + position) / samples(), bad);
 }
 
-// Substitutes for all bad samples of a shard in a global batch, as far as the shard has any. What
-// of the shard is not in the batch is laid out in one order, and each place that the shard has in
-// the batch begins to look in a stretch of its own. So what stands in for a sample does not depend
-// on which others are bad: ranks do not know of each other's.
+// Substitutes for all bad samples of a shard in a global batch, as far as the shard has any. Each
+// place that the shard has in the batch begins to look in a stretch of its own of one order of the
+// shard, past what the batch holds. So what stands in for a sample does not depend on which others
+// are bad: ranks do not know of each other's.
 void BatchReader::substitute_shard(Slot& slot, std::uint32_t number,
                                    const std::set<std::uint64_t>& bad) {
   const Shard& shard = slot.open(cache_, number);
@@ -394,20 +394,17 @@ void BatchReader::substitute_shard(Slot& slot, std::uint32_t number,
   const PhiloxBlock key =
       draw(options_.seed, Stream::kSubstitute, first_sample_[number], slot.batch->index, 0);
   const KeyedBijection order(count, key[0], key[1]);
-  std::vector<std::uint32_t> free;
-  for (std::uint64_t i = 0; i < count; ++i) {
-    const auto index = static_cast<std::uint32_t>(order(i));
-    if (!taken[index]) free.push_back(index);
-  }
   for (std::size_t place = 0; place < positions.size(); ++place) {
     if (!is_bad(shard, slot.global[positions[place]], bad)) continue;
-    const std::size_t begin = place * free.size() / positions.size();
-    for (std::size_t i = 0; i < free.size(); ++i) {
-      const SamplePlace found{number, free[(begin + i) % free.size()]};
-      if (is_bad(shard, found, bad)) continue;
+    const std::uint64_t begin = place * count / positions.size();
+    bool done = false;
+    for (std::uint64_t i = begin; i < begin + count && !done; ++i) {
+      const SamplePlace found{number, static_cast<std::uint32_t>(order(i % count))};
+      if (taken[found.index] || is_bad(shard, found, bad)) continue;
       slot.substitutes.emplace(positions[place], found);
-      break;
+      done = true;
     }
+    if (!done) return;  // nor is there one for those behind
   }
 }
 

@@ -13,6 +13,15 @@ nb::ndarray<nb::numpy, T> view(nb::handle owner, T* data,
   return nb::ndarray<nb::numpy, T>(data, shape, owner);
 }
 
+// A getter of one of a batch's vectors, as a view.
+template <typename T>
+auto vector_of(std::vector<T> laclip::Batch::* vector) {
+  return [vector](nb::handle self) {
+    std::vector<T>& values = nb::cast<laclip::Batch&>(self).*vector;
+    return view(self, values.data(), {values.size()});
+  };
+}
+
 laclip::CaptionPolicy caption_policy(const std::string& name) {
   using laclip::CaptionPolicy;
   if (name == "uniform") return CaptionPolicy::kUniform;
@@ -91,51 +100,23 @@ void bind_reader(nb::module_& module) {
       .def_ro("size", &Batch::size)
       .def_ro("variants", &Batch::variants)
       .def_ro("substitutes", &Batch::substitutes)
-      .def_prop_ro("samples",
-                   [](nb::handle self) {
-                     auto& batch = nb::cast<Batch&>(self);
-                     return view(self, batch.sample.data(), {batch.size});
-                   })
-      .def_prop_ro("epochs",
-                   [](nb::handle self) {
-                     auto& batch = nb::cast<Batch&>(self);
-                     return view(self, batch.epoch.data(), {batch.size});
-                   })
-      .def_prop_ro("drawn_variants",
-                   [](nb::handle self) {
-                     auto& batch = nb::cast<Batch&>(self);
-                     return view(self, batch.variant.data(), {batch.size});
-                   })
+      .def_prop_ro("samples", vector_of(&Batch::sample))
+      .def_prop_ro("epochs", vector_of(&Batch::epoch))
+      .def_prop_ro("drawn_variants", vector_of(&Batch::variant))
       .def_prop_ro("windows",
                    [](nb::handle self) {
                      auto& batch = nb::cast<Batch&>(self);
                      return view(self, batch.window.data(), {batch.size, 4});
                    })
-      .def_prop_ro("mirrors",
-                   [](nb::handle self) {
-                     auto& batch = nb::cast<Batch&>(self);
-                     return view(self, batch.mirror.data(), {batch.size});
-                   })
-      .def_prop_ro("broken",
-                   [](nb::handle self) {
-                     auto& batch = nb::cast<Batch&>(self);
-                     return view(self, batch.broken.data(), {batch.size});
-                   })
+      .def_prop_ro("mirrors", vector_of(&Batch::mirror))
+      .def_prop_ro("broken", vector_of(&Batch::broken))
       .def_prop_ro("token_ids",
                    [](nb::handle self) {
                      auto& batch = nb::cast<Batch&>(self);
                      return view(self, batch.token_ids.data(), {batch.captions().size()});
                    })
-      .def_prop_ro("cu_seqlens",
-                   [](nb::handle self) {
-                     auto& batch = nb::cast<Batch&>(self);
-                     return view(self, batch.cu_seqlens.data(), {batch.cu_seqlens.size()});
-                   })
-      .def_prop_ro("begins",
-                   [](nb::handle self) {
-                     auto& batch = nb::cast<Batch&>(self);
-                     return view(self, batch.begin.data(), {batch.size + 1});
-                   })
+      .def_prop_ro("cu_seqlens", vector_of(&Batch::cu_seqlens))
+      .def_prop_ro("begins", vector_of(&Batch::begin))
       .def_prop_ro("bytes",
                    [](nb::handle self) {
                      auto& batch = nb::cast<Batch&>(self);

@@ -38,8 +38,7 @@ std::uint64_t merge(std::uint64_t hash, std::uint64_t lane) {
 static_assert(std::endian::native == std::endian::little,
               "laclip reads little-endian files in place");
 
-Xxh64::Xxh64(std::uint64_t seed)
-    : lane_{seed + kPrime1 + kPrime2, seed + kPrime2, seed, seed - kPrime1}, seed_(seed) {}
+Xxh64::Xxh64() : lane_{kPrime1 + kPrime2, kPrime2, 0, 0 - kPrime1} {}
 
 void Xxh64::update(std::span<const std::byte> bytes) {
   total_ += bytes.size();
@@ -64,7 +63,7 @@ void Xxh64::update(std::span<const std::byte> bytes) {
 }
 
 std::uint64_t Xxh64::digest() const {
-  std::uint64_t hash = seed_ + kPrime5;
+  std::uint64_t hash = kPrime5;
   if (total_ >= sizeof buffer_) {
     hash = std::rotl(lane_[0], 1) + std::rotl(lane_[1], 7) + std::rotl(lane_[2], 12) +
            std::rotl(lane_[3], 18);
@@ -88,8 +87,8 @@ std::uint64_t Xxh64::digest() const {
   return hash ^ (hash >> 32);
 }
 
-std::uint64_t xxh64(std::span<const std::byte> bytes, std::uint64_t seed) {
-  Xxh64 hash(seed);
+std::uint64_t xxh64(std::span<const std::byte> bytes) {
+  Xxh64 hash;
   hash.update(bytes);
   return hash.digest();
 }

@@ -103,31 +103,31 @@ MappedFile::~MappedFile() {
 Shard::Shard(const ShardFiles& files)
     : tar_(files.tar),
       captions_path_(files.captions),
-      samples_(std::make_unique<MappedFile>(files.samples)),
-      captions_(std::make_unique<MappedFile>(files.captions)) {
+      samples_(files.samples),
+      captions_(files.captions) {
   const auto& samples =
-      header_of<SamplesHeader>(*samples_, files.samples, kSamplesMagic, "laclip index");
+      header_of<SamplesHeader>(samples_, files.samples, kSamplesMagic, "laclip index");
   expect(files.samples, "sample count", std::to_string(samples.count), std::to_string(files.count),
          "laclip index");
   expect(files.samples, "checksum", hex(samples.checksum), hex(files.samples_checksum),
          "laclip index");
   const std::uint64_t count = files.count;
-  const std::uint64_t most = samples_->bytes().size() / sizeof(SampleRecord);
-  if (count > most || samples.keys_bytes > samples_->bytes().size()) {
+  const std::uint64_t most = samples_.bytes().size() / sizeof(SampleRecord);
+  if (count > most || samples.keys_bytes > samples_.bytes().size()) {
     fail(files.samples, "counts " + std::to_string(count) + " samples, its size holds at most " +
                             std::to_string(most) + ". Run: laclip index");
   }
   const std::uint64_t samples_bytes = sizeof(SamplesHeader) + count * sizeof(SampleRecord) +
                                       count * sizeof(std::uint32_t) + samples.keys_bytes;
-  expect(files.samples, "size in bytes", std::to_string(samples_->bytes().size()),
+  expect(files.samples, "size in bytes", std::to_string(samples_.bytes().size()),
          std::to_string(samples_bytes), "laclip index");
-  const std::byte* at = samples_->bytes().data() + sizeof(SamplesHeader);
+  const std::byte* at = samples_.bytes().data() + sizeof(SamplesHeader);
   records_ = reinterpret_cast<const SampleRecord*>(at);
   key_end_ = reinterpret_cast<const std::uint32_t*>(records_ + count);
   keys_ = reinterpret_cast<const char*>(key_end_ + count);
 
   const auto& captions =
-      header_of<CaptionsHeader>(*captions_, files.captions, kCaptionsMagic, "laclip tokenize");
+      header_of<CaptionsHeader>(captions_, files.captions, kCaptionsMagic, "laclip tokenize");
   const std::string tokenizer(captions.tokenizer, ::strnlen(captions.tokenizer, 64));
   expect(files.captions, "tokenizer", tokenizer, files.tokenizer, "laclip tokenize");
   expect(files.captions, "checksum", hex(captions.checksum), hex(files.captions_checksum),
@@ -142,7 +142,7 @@ Shard::Shard(const ShardFiles& files)
     fail(files.captions, "has " + std::to_string(captions.token_bytes) +
                              "-byte tokens, expected 2 or 4. Run: laclip tokenize");
   }
-  const std::uint64_t words = captions_->bytes().size() / sizeof(std::uint32_t);
+  const std::uint64_t words = captions_.bytes().size() / sizeof(std::uint32_t);
   if (captions.tokens > caption_position(~0u) || samples.keys_bytes > ~0u ||
       (captions.variants > 0 && count > words / captions.variants)) {
     fail(files.captions, "counts " + std::to_string(captions.tokens) + " tokens and " +
@@ -156,9 +156,9 @@ Shard::Shard(const ShardFiles& files)
   const std::uint64_t entries = count * variants_ + 1;
   const std::uint64_t captions_bytes =
       sizeof(CaptionsHeader) + entries * sizeof(std::uint32_t) + captions.tokens * token_bytes_;
-  expect(files.captions, "size in bytes", std::to_string(captions_->bytes().size()),
+  expect(files.captions, "size in bytes", std::to_string(captions_.bytes().size()),
          std::to_string(captions_bytes), "laclip tokenize");
-  at = captions_->bytes().data() + sizeof(CaptionsHeader);
+  at = captions_.bytes().data() + sizeof(CaptionsHeader);
   entries_ = reinterpret_cast<const std::uint32_t*>(at);
   tokens_ = at + entries * sizeof(std::uint32_t);
 
@@ -181,8 +181,8 @@ std::string_view Shard::key(std::uint32_t index) const {
   return {keys_ + begin, end - begin};
 }
 
-std::pair<std::uint32_t, std::uint32_t> Shard::tokens_of(std::uint32_t index,
-                                                         std::uint32_t variant) const {
+std::size_t Shard::caption(std::uint32_t index, std::uint32_t variant,
+                           std::span<std::int32_t> out) const {
   const std::size_t entry = static_cast<std::size_t>(index) * variants_ + variant;
   const std::uint32_t begin = caption_position(entries_[entry]);
   const std::uint32_t end = caption_position(entries_[entry + 1]);
@@ -190,13 +190,7 @@ std::pair<std::uint32_t, std::uint32_t> Shard::tokens_of(std::uint32_t index,
     fail(captions_path_, "is damaged at sample " + std::string(key(index)) +
                              ": its entry points outside the tokens. Run: laclip verify");
   }
-  return {begin, end - begin};
-}
-
-std::size_t Shard::caption(std::uint32_t index, std::uint32_t variant,
-                           std::span<std::int32_t> out) const {
-  const auto [begin, count] = tokens_of(index, variant);
-  const std::size_t take = std::min<std::size_t>(count, out.size());
+  const std::size_t take = std::min<std::size_t>(end - begin, out.size());
   if (token_bytes_ == 2) {
     const auto* tokens = reinterpret_cast<const std::uint16_t*>(tokens_) + begin;
     std::copy_n(tokens, take, out.begin());

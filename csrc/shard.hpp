@@ -1,7 +1,6 @@
 // A shard as training reads it: the tar open for pread, its two sidecars mapped.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <list>
@@ -62,10 +61,6 @@ class Shard {
   // Copies the first tokens of a caption, at most out.size(); returns how many.
   std::size_t caption(std::uint32_t index, std::uint32_t variant,
                       std::span<std::int32_t> out) const;
-  // How many tokens caption() would copy into `most` places.
-  std::size_t caption_tokens(std::uint32_t index, std::uint32_t variant, std::size_t most) const {
-    return std::min<std::size_t>(tokens_of(index, variant).second, most);
-  }
   // Reads the encoded image; out.size() == record(index).bytes. Read errors are retried.
   void read_image(std::uint32_t index, std::span<std::byte> out) const;
 
@@ -76,14 +71,10 @@ class Shard {
   void expect_image(std::uint32_t index) const;
 
  private:
-  // First token and number of tokens of a caption, checked.
-  std::pair<std::uint32_t, std::uint32_t> tokens_of(std::uint32_t index,
-                                                    std::uint32_t variant) const;
-
   std::string tar_;
   std::string captions_path_;
-  std::unique_ptr<MappedFile> samples_;
-  std::unique_ptr<MappedFile> captions_;
+  MappedFile samples_;
+  MappedFile captions_;
   const SampleRecord* records_ = nullptr;
   const std::uint32_t* key_end_ = nullptr;
   const char* keys_ = nullptr;
@@ -102,7 +93,6 @@ class ShardCache {
   ShardCache(std::vector<ShardFiles> files, std::size_t capacity);
   std::shared_ptr<const Shard> open(std::uint32_t shard);
   const ShardFiles& files(std::uint32_t shard) const { return files_[shard]; }
-  std::size_t size() const { return files_.size(); }
 
  private:
   std::shared_ptr<const Shard> find(std::uint32_t shard);

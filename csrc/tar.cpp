@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <charconv>
 #include <cstring>
 #include <optional>
@@ -205,11 +204,6 @@ void check_key(std::string_view key, const TarMember& member) {
 }
 
 }  // namespace
-
-Bytes MemorySource::view(std::uint64_t offset, std::size_t bytes) {
-  if (offset >= bytes_.size()) return {};
-  return bytes_.subspan(offset, std::min<std::uint64_t>(bytes, bytes_.size() - offset));
-}
 
 bool TarReader::next(TarMember& member) {
   std::optional<std::string> long_name;

@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -31,16 +30,6 @@ class ByteSource {
   virtual ~ByteSource() = default;
   virtual std::uint64_t size() const = 0;
   virtual std::span<const std::byte> view(std::uint64_t offset, std::size_t bytes) = 0;
-};
-
-class MemorySource : public ByteSource {
- public:
-  explicit MemorySource(std::span<const std::byte> bytes) : bytes_(bytes) {}
-  std::uint64_t size() const override { return bytes_.size(); }
-  std::span<const std::byte> view(std::uint64_t offset, std::size_t bytes) override;
-
- private:
-  std::span<const std::byte> bytes_;
 };
 
 // A file read by pread. With `hash`, every byte is read once, in order, and hashed on its way

@@ -282,7 +282,7 @@ def clip_loss(
     text_features: `[batch, dim]` or `[variants, batch, dim]`, same dtype and device; or what
         start_gather returned for it.
     logit_scale: 0-d fp32 (float64 beside float64), already exponentiated; at most 100 for the
-        accuracy stated in PERFORMANCE.md.
+        accuracy stated in benchmarks/LOG.md.
     group: None for one process; else the ranks that share the batch, each with the same count of
         rows. Then the loss is the mean over this rank's rows and columns, and the mean over ranks
         of the losses and of the gradients (as data parallelism forms it) is the global batch's;

@@ -25,7 +25,6 @@ from laclip.kernels.chunked import GAIN
 from laclip.kernels.launch_table import FLOAT32, HOPPER, HOPPER_SMALL, OTHER, Tile
 from laclip.kernels.triton_blocks import ONLINE, SIGMOID, SOFTMAX
 
-SHARED_LIMIT = 227 * 1024
 POINTERS = {"flag": "*i32", "edges": "*i32"}
 NUMBERS = {"margin": "fp32", "lowest": "fp32"}
 INTEGERS = frozenset(

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import random
 import shutil
 import time
@@ -30,6 +29,7 @@ import torch.distributed as dist
 from laclip import _native
 from laclip.convert import read_checkpoint
 from laclip.parallel import JointError, Ranks, from_first, gather_objects, raise_on_all
+from laclip.whole_files import sync
 
 _TEMPORARY = ".partial"
 
@@ -65,7 +65,7 @@ def save_checkpoint(
             error = failure
     raise_on_all(error, what)
     try:
-        with _errors_held_back(engine.checkpoint_engine) as errors:
+        with _errors_held_back(engine) as errors:
             engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
         error = errors[0] if errors else None
         if error is None:
@@ -78,20 +78,19 @@ def save_checkpoint(
                 error = failure
         raise_on_all(error, what)
         try:
-            checked = _checksums(partial, _files(partial), ranks, sync=True)
+            checked = _checksums(partial, _files(partial), ranks, synced=True)
         except OSError as failure:
             error = failure
         raise_on_all(error, what)
         parts = gather_objects(checked)
         if ranks.is_first:
             try:
-                _write_synced(
-                    partial / "manifest.json",
-                    json.dumps({name: part[name] for part in parts for name in part}, indent=1),
-                )
+                manifest = {name: part[name] for part in parts for name in part}
+                (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+                sync(partial / "manifest.json")
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
-                _sync_folder(folder)
+                sync(folder)
             except OSError as failure:
                 error = failure
         raise_on_all(error, what)
@@ -103,26 +102,33 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def _errors_held_back(checkpoint_engine: Any) -> Iterator[list[Exception]]:
+def _errors_held_back(engine: Any) -> Iterator[list[Exception]]:
     """Collect the errors of DeepSpeed's writes.
 
     Raised inside its save_checkpoint, they would leave the other ranks waiting at its barriers.
     """
     errors: list[Exception] = []
-    save = checkpoint_engine.save
 
-    def guarded(*arguments: Any, **options: Any) -> None:
-        if not errors:
-            try:
-                save(*arguments, **options)
-            except (OSError, RuntimeError) as error:  # torch.save raises both for a full disk
-                errors.append(error)
+    def guarded(write: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> None:
+            if not errors:
+                try:
+                    write(*arguments, **options)
+                except (OSError, RuntimeError) as error:  # torch.save raises both for a full disk
+                    errors.append(error)
 
-    checkpoint_engine.save = guarded
+        return call
+
+    # The second: the first rank's copies of zero_to_fp32.py and zero_to_torch.py.
+    writes = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+    before = [getattr(owner, name) for owner, name in writes]
+    for (owner, name), write in zip(writes, before):
+        setattr(owner, name, guarded(write))
     try:
         yield errors
     finally:
-        checkpoint_engine.save = save
+        for (owner, name), write in zip(writes, before):
+            setattr(owner, name, write)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -276,7 +282,7 @@ def read_weights(source: Path) -> dict[str, torch.Tensor]:
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Write what read_weights reads, whole or not at all. Raises OSError."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(path.name + _TEMPORARY)
     try:
         torch.save(weights, partial)
     except (OSError, RuntimeError) as error:  # torch's own words for a full disk do not say so
@@ -423,17 +429,13 @@ def _files(folder: Path) -> list[str]:
     )
 
 
-def _checksums(folder: Path, names: list[str], ranks: Ranks, sync: bool) -> dict[str, Any]:
+def _checksums(folder: Path, names: list[str], ranks: Ranks, synced: bool) -> dict[str, Any]:
     """Size and checksum of every world_size-th file, beginning with this rank's."""
     result = {}
     for name in names[ranks.rank :: ranks.world_size]:
         path = folder / name
-        if sync:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        if synced:
+            sync(path)
         size = path.stat().st_size
         data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
         result[name] = [size, f"{_native.xxh64(data):016x}"]
@@ -447,24 +449,9 @@ def _damage(path: Path, ranks: Ranks) -> list[str]:
         missing = [name for name in manifest if not (path / name).is_file()]
         if missing:
             return [f"{name} is missing" for name in missing] if ranks.is_first else []
-        found = _checksums(path, sorted(manifest), ranks, sync=False)
+        found = _checksums(path, sorted(manifest), ranks, synced=False)
     except OSError as error:
         return [str(error)]
     except ValueError as error:  # no JSON, or bytes that are no text
         return [f"manifest.json cannot be read: {error}"]
     return [f"{name} is not as it was written" for name in found if found[name] != manifest[name]]
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

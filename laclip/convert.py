@@ -15,13 +15,10 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from laclip.config import ModelConfig
 
 State = dict[str, Tensor]
 FORMATS = ("open_clip", "laclip_release", "hugging_face")
@@ -282,53 +279,28 @@ def _join_qkv(state: State) -> State:
     return joined
 
 
-def hugging_face_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> dict:
-    """The contents of config.json for a CLIPModel of this architecture."""
-
-    def tower(part) -> dict:
-        return {
-            "hidden_size": part.width,
-            "intermediate_size": int(part.width * part.mlp_ratio),
-            "num_hidden_layers": part.depth,
-            "num_attention_heads": part.heads,
-            "hidden_act": part.activation,
-            "layer_norm_eps": part.layer_norm_eps,
-            "projection_dim": config.embed_dim,
-        }
-
-    text = {
-        "vocab_size": vocab_size,
-        "max_position_embeddings": config.text.context_length,
-        "bos_token_id": eot_token - 1,
-        "eos_token_id": eot_token,
-        "pad_token_id": 0,
-    }
-    vision = {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": config.init_logit_scale,
-        "text_config": {"model_type": "clip_text_model", **tower(config.text), **text},
-        "vision_config": {"model_type": "clip_vision_model", **tower(config.vision), **vision},
-    }
+# In a folder, the first of these that is there.
+_WEIGHTS = (
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "open_clip_*.safetensors",
+    "open_clip_*.bin",
+)
 
 
 def read_checkpoint(path: str | Path, option: str = "checkpoint") -> State:
     """Reads the tensors of a .safetensors file, of a file that torch.save wrote, or of a folder.
 
-    A folder is one that Hugging Face's save_pretrained wrote. Checkpoints with a "state_dict" and
+    A folder is one as Hugging Face or open_clip write it. Checkpoints with a "state_dict" and
     argparse's Namespace beside it (LaCLIP's release) are read without running code from the file.
     Raises FileNotFoundError and ValueError, whose messages begin with the option that named the
     file.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        files = next(filter(None, (sorted(path.glob(names)) for names in _WEIGHTS)), [])
         if not files:
-            raise FileNotFoundError(
-                f"{option}: no model*.safetensors and no *.bin in folder {path}"
-            )
+            raise FileNotFoundError(f"{option}: none of {', '.join(_WEIGHTS)} in folder {path}")
         return {k: t for file in files for k, t in read_checkpoint(file, option).items()}
     if not path.is_file():
         raise FileNotFoundError(f"{option}: no file {path}")

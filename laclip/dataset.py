@@ -40,7 +40,7 @@ REASONS = (
     "does not decode",
 )
 
-_SAMPLES_MAGIC, _CAPTIONS_MAGIC = b"LACLIPSM", b"LACLIPCP"
+SAMPLES_MAGIC, CAPTIONS_MAGIC = b"LACLIPSM", b"LACLIPCP"
 SAMPLES_HEADER = np.dtype(
     [
         ("magic", "S8"),
@@ -104,7 +104,8 @@ class SamplesTable:
 
     def __init__(self, path: Path):
         self.path = path
-        data, self.header = map_sidecar(path, SAMPLES_HEADER, _SAMPLES_MAGIC, "laclip index")
+        data, self.header = map_sidecar(path, SAMPLES_HEADER, SAMPLES_MAGIC, "laclip index")
+        self.checksum = as_hex(self.header["checksum"])
         count, keys = int(self.header["count"]), int(self.header["keys_bytes"])
         keys_at = 64 + 36 * count
         _check_size(path, len(data), keys_at + keys, "laclip index")
@@ -135,7 +136,9 @@ class CaptionsTable:
 
     def __init__(self, path: Path):
         self.path = path
-        data, self.header = map_sidecar(path, CAPTIONS_HEADER, _CAPTIONS_MAGIC, "laclip tokenize")
+        data, self.header = map_sidecar(path, CAPTIONS_HEADER, CAPTIONS_MAGIC, "laclip tokenize")
+        self.checksum = as_hex(self.header["checksum"])
+        self.samples_checksum = as_hex(self.header["samples_checksum"])
         self.count, self.variants = int(self.header["count"]), int(self.header["variants"])
         width, tokens = int(self.header["token_bytes"]), int(self.header["tokens"])
         if width not in (2, 4):
@@ -248,10 +251,9 @@ class Dataset:
             raise ValueError(f"{self.path}: not tokenized yet. Run: laclip tokenize {self.path}")
         table = CaptionsTable(self.path / f"{entry.stem}.captions")
         self._check_same(table, entry.captions_checksum, entry.samples, "laclip tokenize")
-        samples = f"{int(table.header['samples_checksum']):016x}"
-        if samples != entry.samples_checksum:
+        if table.samples_checksum != entry.samples_checksum:
             raise ValueError(
-                f"{table.path}: made for samples {samples}, the shard's are "
+                f"{table.path}: made for samples {table.samples_checksum}, the shard's are "
                 f"{entry.samples_checksum}. Run: laclip tokenize {self.path}"
             )
         if table.variants != len(self.variants) or table.tokenizer != self.tokenizer:
@@ -273,17 +275,21 @@ class Dataset:
             )
 
     def _check_same(self, table, checksum: str, count: int, command: str) -> None:
-        found = f"{int(table.header['checksum']):016x}"
-        if found != checksum or len(table) != count:
+        if table.checksum != checksum or len(table) != count:
             raise ValueError(
-                f"{table.path}: {len(table)} samples, checksum {found}; dataset.json records "
-                f"{count} and {checksum}. Run: {command} {self.path}"
+                f"{table.path}: {len(table)} samples, checksum {table.checksum}; dataset.json "
+                f"records {count} and {checksum}. Run: {command} {self.path}"
             )
+
+
+def as_hex(checksum: int) -> str:
+    """A checksum as dataset.json has it."""
+    return f"{checksum:016x}"
 
 
 def checksum_hex(data: bytes) -> str:
     """XXH64 of bytes, in hex."""
-    return f"{_native.xxh64(np.frombuffer(data, np.uint8)):016x}"
+    return as_hex(_native.xxh64(np.frombuffer(data, np.uint8)))
 
 
 def open_dataset(path: str | Path) -> Dataset:

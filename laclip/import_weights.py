@@ -4,28 +4,172 @@ laclip import FILE OUT.pt
 """
 
 import argparse
+import json
+import math
 from pathlib import Path
+from typing import Any
 
-import torch
+from laclip.checkpoint import save_weights
+from laclip.config import PRESETS, TextConfig, VisionConfig
+from laclip.convert import State, detect_format, read_checkpoint, to_laclip
 
-from laclip.convert import detect_format, read_checkpoint, to_laclip
+Settings = dict[str, dict[str, Any]]
+TOWERS: dict[str, Any] = {"vision": VisionConfig, "text": TextConfig}
+UNTOLD = """\
+# Weights alone do not tell the activation: OpenAI's, and open_clip's models named -quickgelu, need
+# activation = "quick_gelu" in [model.vision] and [model.text]. Nor do they tell an image tower that
+# averages its tokens: laclip's reads the class token."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", type=Path, help="a .safetensors file, one of torch.save, or Hugging Face's folder"
+        "file",
+        type=Path,
+        help="a .safetensors file, one of torch.save, or a folder as Hugging Face or open_clip "
+        "write it, whose configuration is then read too",
     )
     parser.add_argument("out", type=Path, help="where to write; set model.weights to it")
+    parser.add_argument(
+        "--tower", choices=("image", "text"), help="this one alone: the rest of a run starts anew"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     state = read_checkpoint(args.file)
-    converted = to_laclip(state)
+    kind, converted = detect_format(state), to_laclip(state)
+    if args.tower:
+        kept = f"{args.tower}."
+        converted = {name: tensor for name, tensor in converted.items() if name.startswith(kept)}
+    told = read_settings(args.file if args.file.is_dir() else args.file.parent, kind)
+    section = model_section(converted, told)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".partial")
-    torch.save(converted, temporary)
-    temporary.rename(args.out)
-    kind = detect_format(state)
+    save_weights(converted, args.out)
     numbers = sum(tensor.numel() for tensor in converted.values())
-    print(f"{args.out}: {numbers / 1e6:.1f} M numbers, from {kind}")
+    print(f"{args.out}: {numbers / 1e6:.1f} M numbers, from {kind}. For the run's configuration:\n")
+    print(f'[model]\nweights = "{args.out}"\n{section}')
+    if not told and "image.norm_pre.weight" in converted:
+        print(UNTOLD)
     return 0
+
+
+def read_settings(folder: Path, kind: str) -> Settings:
+    """What weights do not tell, by tower, from the configuration beside them; {} without one.
+
+    Raises ValueError where it asks for what laclip's towers do not compute.
+    """
+    if kind == "laclip_release":
+        return {"text": {"activation": "quick_gelu"}}
+    file = folder / ("config.json" if kind == "hugging_face" else "open_clip_config.json")
+    if not file.is_file():
+        return {}
+    read = _hugging_faces if kind == "hugging_face" else _open_clips
+    try:
+        return read(file, json.loads(file.read_text()))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"'{file}' is no configuration of {kind} ({error!r}). Restore it, or take it away and "
+            "choose the activation yourself"
+        ) from None
+
+
+def _hugging_faces(file: Path, content: dict[str, Any]) -> Settings:
+    told = {}
+    for tower, heads in (("vision", 12), ("text", 8)):
+        found = content[f"{tower}_config"]
+        told[tower] = {
+            "heads": found.get("num_attention_heads", heads),
+            "activation": _known(file, "hidden_act", found, ("quick_gelu", "gelu")),
+            "layer_norm_eps": found.get("layer_norm_eps", 1e-5),
+        }
+    return told
+
+
+def _open_clips(file: Path, content: dict[str, Any]) -> Settings:
+    model = content["model_cfg"]
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    if "timm_model_name" in vision:
+        return {}
+    _known(file, "pool_type", vision, ("tok",))
+    _known(file, "no_causal_mask", text, (False,))
+    told = {
+        "vision": {"heads": vision.get("width", 768) // vision.get("head_width", 64)},
+        "text": {
+            "heads": text.get("heads", 8),
+            "pool": _known(file, "pool_type", text, ("argmax", "last")).replace("argmax", "eot"),
+        },
+    }
+    for tower, found in (("vision", vision), ("text", text)):
+        _known(file, "act_kwargs", found, (None, {}))
+        told[tower] |= {
+            "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+            "layer_norm_eps": (found.get("norm_kwargs") or {}).get("eps", 1e-5),
+        }
+    return told
+
+
+def _known(file: Path, key: str, found: dict[str, Any], values: tuple[Any, ...]) -> Any:
+    """The value of a key, the first of `values` where it is not given."""
+    value = found.get(key, values[0])
+    if value not in values:
+        raise ValueError(
+            f"'{file}': found {key} {value!r}, expected {' or '.join(map(str, values))}: "
+            "laclip's towers compute nothing else"
+        )
+    return value
+
+
+def model_section(state: State, told: Settings) -> str:
+    """Lines that make a run's model the one of these weights, [model] being open already."""
+    towers: Settings = {}
+    if "image.norm.weight" in state:
+        patch = math.isqrt(state["image.patch_embedding.weight"].shape[1] // 3)
+        side = math.isqrt(len(state["image.positional_embedding"]) - 1) * patch
+        towers["vision"] = _sizes(state, "image") | {
+            "image_size": side,
+            "patch_size": patch,
+            "qk_norm": "image.blocks.0.q_norm.weight" in state,
+            "pre_norm": "image.norm_pre.weight" in state,
+            "patch_bias": "image.patch_embedding.bias" in state,
+        }
+        if "image.norm_pre.weight" not in state:
+            towers["vision"]["layer_norm_eps"] = 1e-6  # timm's
+    if "text.norm.weight" in state:
+        length = len(state["text.positional_embedding"])
+        towers["text"] = _sizes(state, "text") | {"context_length": length}
+    embed_dim = next(len(state[name]) for name in state if name.endswith(".projection.weight"))
+    preset = _find_preset(embed_dim, towers)
+    lines = [f'preset = "{preset}"' if preset else f"embed_dim = {embed_dim}"]
+    for name, sizes in towers.items():
+        default = TOWERS[name](**PRESETS[preset][name] if preset else {})
+        heads = {} if preset else {"heads": max(1, sizes["width"] // 64)}
+        changed = [
+            f"{key} = {json.dumps(value)}"
+            for key, value in (sizes | heads | told.get(name, {})).items()
+            if value != getattr(default, key)
+        ]
+        if changed:
+            lines += [f"\n[model.{name}]", *changed]
+    if "logit_bias" in state:
+        lines += ["\n[train]", 'loss = "siglip"']
+    return "\n".join(lines)
+
+
+def _find_preset(embed_dim: int, towers: Settings) -> str:
+    """The preset of both towers, but for the sizes of images and captions; "" where none is."""
+    if len(towers) == 2:
+        for name, preset in PRESETS.items():
+            if preset["embed_dim"] == embed_dim and all(
+                getattr(TOWERS[tower](**preset[tower]), key) == value
+                for tower, sizes in towers.items()
+                for key, value in sizes.items()
+                if key not in ("image_size", "context_length")
+            ):
+                return name
+    return ""
+
+
+def _sizes(state: State, tower: str) -> dict[str, Any]:
+    width = len(state[f"{tower}.norm.weight"])
+    ratio = len(state[f"{tower}.blocks.0.mlp_in.weight"]) / width
+    depth = len({name.split(".")[2] for name in state if name.startswith(f"{tower}.blocks.")})
+    return {"width": width, "depth": depth, "mlp_ratio": ratio}

@@ -312,7 +312,7 @@ def shard_files(dataset: Dataset) -> list[_native.ShardFiles]:
     """What the C++ reader needs to know of each shard."""
     files = []
     for shard in dataset.shards:
-        stem = str(dataset.path / shard.name.removesuffix(".tar"))
+        stem = str(dataset.path / shard.stem)
         files.append(
             _native.ShardFiles(
                 tar=stem + ".tar",

@@ -16,6 +16,7 @@ import numpy as np
 
 from laclip.checkpoint import main_score
 from laclip.metrics import duration, read_metrics
+from laclip.whole_files import whole_file
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a9d5c; }
@@ -49,9 +50,9 @@ _CURVES = (  # key of the metrics, title, whether one value a step is too noisy 
 def write_report(folder: Path) -> Path:
     """Write FOLDER/report.html from the run's own files; returns its path."""
     page = folder / "report.html"
-    temporary = page.with_suffix(".partial")
-    temporary.write_text(render_report(folder))
-    temporary.rename(page)
+    text = render_report(folder)
+    with whole_file(page) as file:
+        file.write(text.encode())
     return page
 
 

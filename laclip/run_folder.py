@@ -7,7 +7,6 @@ killed leaves `running` behind; the lock tells whether one is.
 import datetime
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from laclip.config import Config, differences, load_config
 from laclip.metrics import say
 from laclip.parallel import JointError, Ranks, from_first, raise_on_all
 from laclip.typed_toml import dump, flatten
+from laclip.whole_files import whole_file
 
 _FIRST = {".lock", "config.toml.partial"}  # all that a full disk may leave of a start
 
@@ -80,12 +80,8 @@ def open_folder(folder: Path, config: Config, resume: bool) -> Any:
                 f"({'; '.join(changed)}). Go on with it (--resume {folder}), or choose another "
                 "folder: --set run.folder=..."
             )
-    temporary = folder / "config.toml.partial"
-    with temporary.open("w") as file:
-        file.write(dump(config))
-        file.flush()
-        os.fsync(file.fileno())  # without it the run could not go on where the machine loses power
-    temporary.rename(stored)
+    with whole_file(stored, folder / "config.toml.partial") as file:
+        file.write(dump(config).encode())
     write_status(folder, "running", None)
     return lock
 

@@ -220,7 +220,10 @@ class SentencePieceTokenizer:
 
 
 class ReferenceTokenizer:
-    """The slow twin of Tokenizer: the same ids and nothing but Python."""
+    """The slow twin of Tokenizer: the same ids and nothing but Python.
+
+    symbols: the vocabulary by id, as the file writes it. ranks: each merge's place in the file.
+    """
 
     def __init__(self):
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -237,8 +240,8 @@ class ReferenceTokenizer:
         self._names = names
         self._bytes = {name: byte for byte, name in names.items()}
         self._ids = {symbol: i for i, symbol in enumerate(symbols)}
-        self._symbols = symbols
-        self._ranks = {merge: rank for rank, merge in enumerate(merges)}
+        self.symbols = symbols
+        self.ranks = {merge: rank for rank, merge in enumerate(merges)}
 
     def encode(self, text):
         """The ids of one text, without special tokens, as a list."""
@@ -253,8 +256,8 @@ class ReferenceTokenizer:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             pairs = set(itertools.pairwise(parts))
-            best = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
-            if best not in self._ranks:
+            best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if best not in self.ranks:
                 break
             merged = []
             i = 0
@@ -270,7 +273,7 @@ class ReferenceTokenizer:
 
     def decode(self, ids):
         """The text of ids, as Tokenizer.decode gives it."""
-        text = "".join(self._symbols[i] for i in ids)
+        text = "".join(self.symbols[i] for i in ids)
         return bytes(self._bytes[c] for c in text).decode(errors="replace").replace("</w>", " ")
 
 

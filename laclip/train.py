@@ -144,14 +144,16 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     model = build_model(
         config.model, tokenizer.vocab_size, tokenizer.eot_token, config.train.loss == "siglip"
     )
-    if config.model.weights:
-        load_weights(model, config.model.weights)
+    weights = config.model.weights
+    fresh = load_weights(model, weights) if weights else []
     connect(config, ranks)
     catch_signals()
     folder = Path(config.run.folder)
     fingerprints = {path: d.fingerprint for path, d in zip(config.data.train, datasets)}
     read = {"deepspeed_config": settings, "fingerprint": fingerprints}
     _lock = claim_folder(folder, config, read, ranks, resume)
+    if ranks.is_first and fresh and newest_step(folder / "checkpoints") is None:
+        say(f"laclip: '{weights}' holds nothing of {', '.join(fresh)}: fresh weights there")
 
     def give_up(reason: str, report: bool) -> None:
         """In the watchdog's thread, as the main one may wait for a rank that is no more."""

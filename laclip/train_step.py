@@ -3,6 +3,7 @@
 The engine is DeepSpeed's; it is used through its forward, backward and step.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from laclip.config import Config
 from laclip.kernels import clip_loss, siglip_loss, start_gather
+from laclip.model import to_device
 from laclip.parallel import Ranks
 
 if TYPE_CHECKING:
@@ -87,8 +89,7 @@ def train_step(
     """
     group = dist.group.WORLD if ranks.world_size > 1 else None
     options = {"group": group, "implementation": config.train.loss_implementation}
-    keys = torch.from_numpy(batch.samples.view("int64") ^ batch.index)
-    keys = keys.to(ranks.device, non_blocking=True)
+    keys = to_device(torch.from_numpy(batch.samples.view("int64") ^ batch.index), ranks.device)
     size = config.train.micro_batch_size or len(batch.images)
     *early, last = [slice(i, i + size) for i in range(0, len(batch.images), size)]
 
@@ -171,12 +172,13 @@ def finish_step(
     if loss_scale.active:
         for gradient in gradients:
             gradient.div_(loss_scale.of_a_rank)
-    result._norm = torch.nn.utils.get_total_norm(gradients)
-    result.applied = bool(result._norm.isfinite())
+    norm = torch.nn.utils.get_total_norm(gradients)
+    result._norm = norm.item()  # the host's one wait: read later, it would wait for the update
+    result.applied = math.isfinite(result._norm)
     if not result.applied:
         for parameter in engine.module.parameters():
             parameter.grad = None  # the optimizer passes over parameters without a gradient
     elif clip_norm:
-        torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), clip_norm, result._norm)
+        torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), clip_norm, norm)
     engine.step()
     loss_scale.update(result.applied)

@@ -2,13 +2,11 @@
 
 python tests/engine_ranks.py FOLDER   (with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set)
 
-Writes what it found to FOLDER/found_{WORLD_SIZE}_{RANK}.pt; tests/test_engine.py judges it. With
-LACLIP_MATRIX_ON_FOUR set, four ranks run the matrix of stages and precisions too.
+Writes what it found to FOLDER/found_{WORLD_SIZE}_{RANK}.pt; tests/test_engine.py judges it.
 """
 
 import datetime
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -275,8 +273,6 @@ def main() -> None:
         found["matrix"] = run_matrix(ranks)
         found["guards"] = run_guards(ranks)
         found["events"] = run_events(ranks)
-    elif os.environ.get("LACLIP_MATRIX_ON_FOUR"):
-        found["matrix"] = run_matrix(ranks)
     torch.save(found, folder / f"found_{ranks.world_size}_{ranks.rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

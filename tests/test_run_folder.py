@@ -47,6 +47,19 @@ def test_a_folder_in_which_a_job_runs_is_left_to_it(state, folder):
     assert folder.with_name("run.1").exists() == (state == "finished")
 
 
+def test_finished_runs_are_kept_when_they_are_run_again(folder, capsys):
+    for number in ("first", "second"):
+        open_folder(folder, FIRST, False).close()
+        (folder / "metrics.jsonl").write_text(number)
+        write_status(folder, "finished", 8)
+    open_folder(folder, SECOND, False).close()
+    assert f"is kept as '{folder}.2'" in capsys.readouterr().out
+    kept = [folder.with_name(f"run.{n}") / "metrics.jsonl" for n in (1, 2)]
+    assert [path.read_text() for path in kept] == ["first", "second"]
+    assert not (folder / "metrics.jsonl").exists()
+    assert load_config(folder / "config.toml") == SECOND
+
+
 def test_a_folder_in_which_a_start_failed_may_be_used(folder):
     folder.mkdir()
     for name in (".lock", "config.toml.partial"):
@@ -59,12 +72,14 @@ def test_the_configuration_is_on_the_disk_before_it_takes_the_old_ones_place(fol
     synced = []
 
     def sync(descriptor):
-        synced.append((Path(f"/proc/self/fd/{descriptor}").read_text(), stored.exists()))
+        path = Path(f"/proc/self/fd/{descriptor}")
+        synced.append((path.read_text() if path.is_file() else "its folder", stored.exists()))
 
     stored = folder / "config.toml"
     monkeypatch.setattr(os, "fsync", sync)
     open_folder(folder, FIRST, False).close()
-    assert synced == [(dump(FIRST), False)] and stored.read_text() == dump(FIRST)
+    assert synced == [(dump(FIRST), False), ("its folder", True)]
+    assert stored.read_text() == dump(FIRST)
 
 
 def test_files_of_another_kind_are_left_alone(folder):

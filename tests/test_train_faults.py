@@ -128,6 +128,19 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(small_disk, tmp_path):
     assert status(folder)["step"] == steps[-1] + 1
 
 
+def test_deepspeeds_scripts_that_find_no_room_cost_the_checkpoint_alone(tmp_path):
+    folder = tmp_path / "run"
+    with Job(arguments(folder, "train.steps=2", stage=2), pause=1) as job:
+        job.wait_for_pause()
+        (folder / "checkpoints" / "zero_to_fp32.py").mkdir(parents=True)  # where a file is to be
+        job.go_on()
+        assert job.wait_for_the_end() == [0, 0]
+    output = job.output.read_text()
+    assert output.count("The run goes on") == 1 and "zero_to_fp32.py" in output
+    assert not list((folder / "checkpoints").glob("step_*"))
+    assert status(folder)["state"] == "finished"
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     code, output = run(arguments(tmp_path / "file" / "run"), check=False)

@@ -1,5 +1,6 @@
 """laclip import, export and report on a run's folder."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from laclip.cli import main
 from laclip.config import load_config
+from laclip.convert import from_laclip
 from laclip.model import build_model
 from laclip.typed_toml import dump
 
@@ -21,33 +23,84 @@ def finished_run(folder, *overrides):
     config = load_config(None, [*SMALL, *overrides])
     folder.mkdir()
     (folder / "config.toml").write_text(dump(config))
-    model = build_model(config.model, 49408, 49407)
+    model = build_model(config.model, 49408, 49407, siglip=config.train.loss == "siglip")
     torch.save(model.state_dict(), folder / "model.pt")
     return model
 
 
+LACLIPS_FAMILY = [
+    *("model.vision.qk_norm=true", "model.vision.pre_norm=false", "model.vision.patch_bias=true"),
+    *("model.vision.layer_norm_eps=1e-6", "model.text.activation=quick_gelu"),
+]
+TOLD = [  # by a configuration, not by weights
+    *("model.vision.activation=quick_gelu", "model.text.activation=quick_gelu"),
+    *("model.vision.heads=2", "model.text.heads=4", "model.text.layer_norm_eps=1e-6"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "family"),
+    ("kind", "settings"),
     [
         ("open_clip", []),
-        ("open_clip", ["model.vision.qk_norm=true", "model.vision.pre_norm=false"]),
-        ("laclip_release", ["model.vision.qk_norm=true", "model.vision.pre_norm=false"]),
-        ("hugging_face", []),
+        ("open_clip", [*TOLD, "model.text.pool=last", "train.loss=siglip"]),
+        ("open_clip", LACLIPS_FAMILY),
+        ("laclip_release", LACLIPS_FAMILY),
+        ("hugging_face", TOLD),
     ],
 )
-def test_exported_weights_come_back_bit_for_bit(kind, family, tmp_path, capsys):
-    family = [*family, "model.vision.patch_bias=true"] if family else family
-    model = finished_run(tmp_path / "run", *family)
-    out = tmp_path / "new" / "out"
+def test_an_exported_model_comes_back_bit_for_bit(kind, settings, tmp_path, capsys):
+    model = finished_run(tmp_path / "run", *settings)
+    out, back = tmp_path / "new" / "out", tmp_path / "other" / "back.pt"
     assert main(["export", str(tmp_path / "run"), str(out), "--format", kind]) == 0
-    if kind == "hugging_face":
-        assert json.loads((out / "config.json").read_text())["model_type"] == "clip"
-    assert main(["import", str(out), str(tmp_path / "other" / "back.pt")]) == 0
-    assert f"from {kind}" in capsys.readouterr().out
-    back = torch.load(tmp_path / "other" / "back.pt", weights_only=True)
-    assert back.keys() == model.state_dict().keys()
+    capsys.readouterr()
+    assert main(["import", str(out), str(back)]) == 0
+    told, _, section = capsys.readouterr().out.partition("\n\n")
+    assert f"from {kind}" in told
+    state = torch.load(back, weights_only=True)
+    assert state.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(back[name], tensor), name
+        assert torch.equal(state[name], tensor), name
+    (tmp_path / "back.toml").write_text(section)
+    found = load_config(tmp_path / "back.toml")
+    expected = load_config(tmp_path / "run" / "config.toml")
+    assert found.train == expected.train
+    expected = expected.model
+    if kind == "open_clip" and settings == LACLIPS_FAMILY:  # which open_clip has no settings for
+        expected = dataclasses.replace(
+            expected, text=dataclasses.replace(expected.text, activation="gelu")
+        )
+    assert found.model == dataclasses.replace(expected, weights=str(back))
+
+
+def test_an_import_names_the_preset_and_what_weights_do_not_tell(tmp_path, capsys):
+    model = build_model(load_config(None, ["model.preset=vit_b_32"]).model, 100, 99)
+    torch.save(from_laclip(model.state_dict(), "open_clip"), tmp_path / "theirs.pt")
+    assert main(["import", str(tmp_path / "theirs.pt"), str(tmp_path / "w.pt")]) == 0
+    out = capsys.readouterr().out
+    assert 'preset = "vit_b_32"\n# Weights alone do not tell the activation' in out
+    assert "width" not in out and "heads" not in out
+    words = ["import", str(tmp_path / "theirs.pt"), str(tmp_path / "i.pt"), "--tower", "image"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert (
+        "embed_dim = 512\n\n[model.vision]\npatch_size = 32\n# Weights" in out
+        and "\n[model.text]" not in out
+    )
+
+
+def test_a_model_that_reads_other_tokens_is_refused(tmp_path, capsys):
+    finished_run(tmp_path / "run")
+    out = tmp_path / "theirs"
+    assert main(["export", str(tmp_path / "run"), str(out), "--format", "open_clip"]) == 0
+    settings = json.loads((out / "open_clip_config.json").read_text())
+    settings["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
+    (out / "open_clip_config.json").write_text(json.dumps(settings))
+    assert main(["import", str(out), str(tmp_path / "back.pt")]) == 2
+    assert "found pool_type 'avg', expected tok: " in capsys.readouterr().err
+    (out / "open_clip_config.json").write_text("{}")
+    assert main(["import", str(out), str(tmp_path / "back.pt")]) == 2
+    assert "is no configuration of open_clip (KeyError('model_cfg'))" in capsys.readouterr().err
+    assert not (tmp_path / "back.pt").exists()
 
 
 def test_mistakes_are_named_without_a_traceback(tmp_path, capsys):
@@ -59,6 +112,10 @@ def test_mistakes_are_named_without_a_traceback(tmp_path, capsys):
     words[1] = str(tmp_path / "last")
     assert main(words) == 2
     assert "reads a caption at its first end-of-text token" in capsys.readouterr().err
+    (tmp_path / "out").write_text("")
+    words[-1] = "open_clip"
+    assert main(words) == 2
+    assert "is a file, expected a folder to write" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "none.pt"), str(tmp_path / "x.pt")]) == 2
     assert "none.pt" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2

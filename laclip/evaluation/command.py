@@ -18,6 +18,7 @@ from laclip.evaluation.probe import few_shot, linear_probe
 from laclip.evaluation.retrieval import RECALLS, retrieval
 from laclip.evaluation.trained import TrainedModel
 from laclip.evaluation.zero_shot import zero_shot
+from laclip.whole_files import whole_file
 
 SHARES = {  # what is printed as a percentage, in this order
     "top1": "top-1",
@@ -121,9 +122,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         # A file's name may hold bytes that are no text; JSON has the same escapes for them.
         text = json.dumps(scores, indent=2, ensure_ascii=False).encode(errors="backslashreplace")
-        temporary = args.out.with_name(args.out.name + ".partial")
-        temporary.write_bytes(text + b"\n")
-        temporary.rename(args.out)
+        with whole_file(args.out) as file:
+            file.write(text + b"\n")
         lines.append(f"all scores: '{args.out}'")
     encoding = sys.stdout.encoding
     print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding))

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from laclip.config import DataConfig, TaskConfig
 from laclip.dataset import BAD, CAPTION_MISSING, Dataset, open_dataset
-from laclip.evaluation.data import read_bytes
+from laclip.evaluation.data import ImageSet
 from laclip.evaluation.features import (
     Encode,
     encode_images,
@@ -28,22 +28,21 @@ from laclip.tokenizer import Tokenizer
 class HeldOutSet:
     """A dataset as an evaluation task sees it: its good images and their distinct captions.
 
-    samples: (shard, index) of every image that is not flagged and has a caption. token_ids: int32
-    `[texts, context_length]`, the distinct original captions. text_of: `[images]`, which caption
-    belongs to each image.
+    images: all that are not flagged and have a caption. texts: the distinct original captions.
+    token_ids: theirs, int32 `[texts, context_length]`. text_of: `[images]`, which caption belongs
+    to each image.
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, context_length: int):
         dataset.check_tokenizer(tokenizer.fingerprint)
-        self.dataset = dataset
-        self.samples: list[tuple[int, int]] = []
+        self.images = ImageSet(dataset.path)
         self.texts: list[str] = []
         number_of: dict[tuple[int, ...], int] = {}
         text_of = []
         start = [] if tokenizer.sot_token is None else [tokenizer.sot_token]
-        for shard in range(len(dataset.shards)):
-            captions = dataset.captions(shard)
-            for index, record in enumerate(dataset.samples(shard).records):
+        for shard, entry in enumerate(dataset.shards):
+            captions, samples = dataset.captions(shard), dataset.samples(shard)
+            for index, record in enumerate(samples.records):
                 if record["flags"] & BAD or captions.flags(index, 0) & CAPTION_MISSING:
                     continue
                 tokens = tuple(int(token) for token in captions.tokens(index, 0))
@@ -51,21 +50,18 @@ class HeldOutSet:
                 if tokens not in number_of:
                     number_of[tokens] = len(number_of)
                     self.texts.append(tokenizer.decode(list(tokens)).strip())
-                self.samples.append((shard, index))
+                place = dataset.tar_path(shard), int(record["offset"]), int(record["bytes"])
+                self.images.names.append(f"{entry.name}/{samples.key(index)}")
+                self.images.places.append(place)
                 text_of.append(number_of[tokens])
-        if not self.samples:
+        self.images.flagged = dataset.num_samples - len(text_of)
+        if not text_of:
             raise ValueError(f"'{dataset.path}' holds no image that can be evaluated")
         self.text_of = torch.tensor(text_of)
         shape = len(number_of), context_length
         self.token_ids = np.full(shape, tokenizer.pad_token, np.int32)
         for row, tokens in zip(self.token_ids, number_of):
             row[: len(start) + len(tokens) + 1] = (*start, *tokens, tokenizer.eot_token)
-
-    def encoded_image(self, number: int) -> np.ndarray:
-        """The encoded bytes of image `number`, uint8."""
-        shard, index = self.samples[number]
-        record = self.dataset.samples(shard).records[index]
-        return read_bytes(self.dataset.tar_path(shard), int(record["offset"]), int(record["bytes"]))
 
 
 @contextmanager
@@ -117,8 +113,9 @@ def evaluate(
     """
     pipeline = evaluation_pipeline(data, image_size, batch_size, ranks.device)
 
-    def images_of(read: Callable[[int], np.ndarray], count: int):
-        found = encode_images(read, count, encode_image, pipeline, batch_size, ranks)
+    def features_of(images: ImageSet) -> tuple[torch.Tensor, dict[int, str]]:
+        count = len(images.places)
+        found = encode_images(images.read, count, encode_image, pipeline, batch_size, ranks)
         if len(found[1]) == count:
             raise JointError(
                 f"'{task.data}': none of its {count} images decodes; the first: {found[1][0]}. "
@@ -131,18 +128,19 @@ def evaluate(
 
     if task.direction == "zero_shot":
         classes = _classes(task)
-        read, labels, texts = classes.images.read, classes.images.labels, classes.names
-        check_alike(task, [classes.images.names, labels, texts, classes.templates])
-        features, undecodable = images_of(read, len(labels))
+        images, texts = classes.images, classes.names
+        check_alike(task, [images.names, images.labels, texts, classes.templates])
+        features, undecodable = features_of(images)
         text_features = classes.encode(
             lambda prompts: texts_of(tokenizer.encode_batch(prompts, context_length))
         )
-        text_of = torch.tensor(labels)
+        text_of = torch.tensor(images.labels)
     else:
-        held_out = HeldOutSet(open_dataset(task.data), tokenizer, context_length)
-        check_alike(task, held_out.dataset.fingerprint)
-        read, text_of, texts = held_out.encoded_image, held_out.text_of, held_out.texts
-        features, undecodable = images_of(read, len(held_out.samples))
+        dataset = open_dataset(task.data)
+        check_alike(task, dataset.fingerprint)
+        held_out = HeldOutSet(dataset, tokenizer, context_length)
+        images, texts, text_of = held_out.images, held_out.texts, held_out.text_of
+        features, undecodable = features_of(images)
         text_features = texts_of(held_out.token_ids)
     scores: dict[str, float] = {}
     examples: list[dict[str, Any]] = []
@@ -163,7 +161,7 @@ def evaluate(
             values, nearest = (text_features @ features[number]).topk(min(5, len(texts)))
             examples.append(
                 {
-                    "image": base64.b64encode(read(number).tobytes()).decode(),
+                    "image": base64.b64encode(images.read(number).tobytes()).decode(),
                     "caption": texts[int(text_of[number])],
                     "nearest": [
                         [texts[text], round(value, 4)]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from laclip.dataset import open_dataset
-from laclip.evaluation.data import ImageSet, open_captioned
+from laclip.evaluation.data import open_captioned
 from laclip.evaluation.held_out import HeldOutSet
 from laclip.evaluation.ranking import places, recall
 from laclip.evaluation.trained import TrainedModel
@@ -20,7 +20,10 @@ RECALLS = (1, 5, 10)
 def retrieval(model: TrainedModel, path: Path) -> dict[str, Any]:
     """Recalls both ways on a dataset's original captions, or on tars; see docs/evaluation.md."""
     if (path / "dataset.json").is_file():
-        images, token_ids, pairs = _open_dataset(model, path)
+        length = model.config.model.text.context_length
+        held_out = HeldOutSet(open_dataset(path), model.tokenizer, length)
+        images, token_ids = held_out.images, held_out.token_ids
+        pairs = torch.stack([torch.arange(len(images.places)), held_out.text_of], dim=1)
     else:
         images = open_captioned(path)
         token_ids, pairs = _distinct_texts(model, images.captions)
@@ -61,18 +64,3 @@ def _distinct_texts(
     images = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
     pairs = np.unique(np.stack([images, text_of.reshape(-1)], axis=1), axis=0)
     return distinct, torch.from_numpy(pairs)
-
-
-def _open_dataset(model: TrainedModel, path: Path) -> tuple[ImageSet, np.ndarray, torch.Tensor]:
-    dataset = open_dataset(path)
-    held_out = HeldOutSet(dataset, model.tokenizer, model.config.model.text.context_length)
-    total = sum(shard.samples for shard in dataset.shards)
-    images = ImageSet(path, flagged=total - len(held_out.samples))
-    tables = [dataset.samples(shard) for shard in range(len(dataset.shards))]
-    for shard, index in held_out.samples:
-        record = tables[shard].records[index]
-        images.names.append(f"{dataset.shards[shard].name}/{tables[shard].key(index)}")
-        place = dataset.tar_path(shard), int(record["offset"]), int(record["bytes"])
-        images.places.append(place)
-    numbers = torch.arange(len(images.places))
-    return images, held_out.token_ids, torch.stack([numbers, held_out.text_of], dim=1)

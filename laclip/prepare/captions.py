@@ -15,9 +15,12 @@ from laclip.dataset import (
     CAPTION_MISSING,
     CAPTION_SHORT,
     CAPTIONS_HEADER,
+    CAPTIONS_MAGIC,
+    NO_ROW,
     POSITION_MASK,
     CaptionsTable,
     SamplesTable,
+    as_hex,
 )
 from laclip.prepare.folder import is_whole, seal, write_whole
 from laclip.prepare.sources import squeeze
@@ -45,7 +48,7 @@ class Source:
 
 @dataclass
 class VariantCount:
-    """What went into one variant."""
+    """What went into one variant; lengths: captions by tokens, in BINS, missing ones apart."""
 
     missing: int = 0
     short: int = 0
@@ -78,7 +81,7 @@ def tokenize_shard(
     written.
     """
     samples = SamplesTable(folder / f"{shard.stem}.samples")
-    if f"{int(samples.header['checksum']):016x}" != shard.samples_checksum:
+    if samples.checksum != shard.samples_checksum:
         raise ValueError(f"{samples.path}: not as dataset.json says. Run: laclip index {folder}")
     if not is_whole(samples):  # another key would take another sample's rewrites
         raise ValueError(
@@ -95,9 +98,9 @@ def tokenize_shard(
     checksum, broken = done if done and _is_done(path, done[0], shard) else (None, 0)
     texts_of = ShardTexts(folder / shard.name, samples)
     tokens_of: list[Any] = []
-    counts, found = [VariantCount() for _ in sources], []
+    found = []
     old = None
-    for source, count in zip(sources, counts, strict=True):
+    for source in sources:
         texts: list[str | None] = []
         numbers = np.zeros(0, np.int64)
         if source.kind == "store":
@@ -110,17 +113,16 @@ def tokenize_shard(
             tokens_of.append(_kept(old, source.old))
             continue
         if source.kind != "store":
-            texts, count.not_utf8 = texts_of.read(source.kind, source.place)
-            broken += count.not_utf8
+            texts, not_utf8 = texts_of.read(source.kind, source.place)
+            broken += not_utf8
         tokens_of.append(_encode(texts, tokenizer))
     written = 0
     if checksum is None:
         checksum = _write(path, samples, tokens_of, _tokenizer(tokenizer), plan, shard.name, broken)
         written = len(samples) * len(sources)
-    counts[0].not_utf8 = broken  # KEY.txt alone may be so
     table = CaptionsTable(path)
-    for variant, count in enumerate(counts):
-        _count(table, variant, count)
+    counts = [count_captions(table, variant) for variant in range(len(sources))]
+    counts[0].not_utf8 = broken  # KEY.txt alone may be so
     return checksum, counts, found, written
 
 
@@ -138,8 +140,8 @@ def _is_done(path: Path, checksum: str, shard) -> bool:
         table = CaptionsTable(path)
     except (FileNotFoundError, ValueError):
         return False
-    found = [f"{int(table.header[name]):016x}" for name in ("checksum", "samples_checksum")]
-    return found == [checksum, shard.samples_checksum] and is_whole(table)
+    found = table.checksum, table.samples_checksum
+    return found == (checksum, shard.samples_checksum) and is_whole(table)
 
 
 def _old_captions(path: Path, shard) -> CaptionsTable:
@@ -155,7 +157,7 @@ def _old_captions(path: Path, shard) -> CaptionsTable:
         raise ValueError(
             f"{path} {what}: no variant can be kept from it. {again}, or put the file back"
         )
-    if f"{int(table.header['checksum']):016x}" != shard.captions_checksum:
+    if table.checksum != shard.captions_checksum:
         raise ValueError(
             f"{path}: not as dataset.json says: another run of laclip tokenize stopped halfway. "
             f"Finish it with its own arguments. Or: {again}"
@@ -211,14 +213,14 @@ def _write(
         inside = np.arange(len(own)) - np.repeat(np.cumsum(count) - count, count)
         tokens[np.repeat(starts[:, variant], count) + inside] = own
     header = np.zeros((), CAPTIONS_HEADER)
-    header["magic"], header["version"], header["header_bytes"] = b"LACLIPCP", 1, 128
+    header["magic"] = CAPTIONS_MAGIC
     header["count"], header["variants"] = len(samples), variants
     header["token_bytes"], header["tokens"] = token_bytes, total
     header["samples_checksum"] = samples.header["checksum"]
     header["tokenizer"] = tokenizer.fingerprint.encode()
     sealed = seal(header, [entries.tobytes(), tokens.tobytes()])
     # Before the rename: then a run that dies between the two finds either file and knows it.
-    checksum = f"{int(header['checksum']):016x}"
+    checksum = as_hex(int(header["checksum"]))
     line = f"\n{plan}\t{name}\t{checksum}\t{broken}\t.\n"  # \n: the last line may be torn
     with open(path.parent / JOURNAL, "ab") as journal:
         journal.write(line.encode())
@@ -228,22 +230,27 @@ def _write(
     return checksum
 
 
-def _count(table: CaptionsTable, variant: int, count: VariantCount) -> None:
-    entries = table.entries[variant : table.count * table.variants : table.variants]
+def count_captions(table: CaptionsTable, variant: int) -> VariantCount:
+    """What a .captions file holds of a variant."""
+    entries = table.entries[variant : -1 : table.variants]
     lengths = np.diff(table.entries & POSITION_MASK)[variant :: table.variants]
-    count.missing = int(np.count_nonzero(entries & CAPTION_MISSING))
-    count.short = int(np.count_nonzero(entries & CAPTION_SHORT))
-    count.over_context = int(np.count_nonzero(lengths > CONTEXT_TOKENS))
-    count.lengths = read_lengths(table, variant)
+    missing = entries & CAPTION_MISSING != 0
+    bins = np.searchsorted(BINS, lengths[~missing], side="right") - 1
+    return VariantCount(
+        missing=int(np.count_nonzero(missing)),
+        short=int(np.count_nonzero(entries & CAPTION_SHORT)),
+        over_context=int(np.count_nonzero(lengths > CONTEXT_TOKENS)),
+        lengths=np.bincount(bins, minlength=len(BINS)).astype(np.int64),
+    )
 
 
-def read_lengths(table: CaptionsTable, variant: int) -> np.ndarray:
-    """How many captions of a variant have so many tokens, int64 [len(BINS)]; missing ones apart."""
-    entries = table.entries[variant : table.count * table.variants : table.variants]
-    lengths = np.diff(table.entries & POSITION_MASK)[variant :: table.variants]
-    present = lengths[entries & CAPTION_MISSING == 0]
-    bins = np.searchsorted(BINS, present, side="right") - 1
-    return np.bincount(bins, minlength=len(BINS)).astype(np.int64)
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of a table as lines, every column set to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
 
 
 class ShardTexts:
@@ -297,7 +304,7 @@ class ShardTexts:
             return list(self.keys)
         if kind == "row":
             rows = self.samples.records["row"].tolist()
-            return [str(row) if row != 0xFFFFFFFF else None for row in rows]
+            return [str(row) if row != NO_ROW else None for row in rows]
         if kind == "path":
             return self._field("laclip_path")
         return [squeeze(text) or None if text else None for text in self.read("txt", "")[0]]

@@ -5,10 +5,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from laclip.dataset import (
     checksum_hex,
     open_dataset,
 )
+from laclip.whole_files import whole_file
 
 _HOST = re.sub("[^A-Za-z0-9]", "_", os.uname().nodename)
 
@@ -31,41 +31,16 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, such that at any moment the old or the new one is there, whole.
-
-    A temporary name beside it, synced, renamed, the folder synced. On any error the temporary file
-    is removed; one that a killed process left is removed by the next `remove_leftovers`.
-    """
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # a full disk has no name of its own
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def write_whole(path: Path, chunks: Iterable[Any]) -> None:
     """Write a file from its parts, whole or not at all."""
-    with whole_file(path) as file:
+    with whole_file(path, temporary_name(path)) as file:
         for chunk in chunks:
             file.write(chunk)
 
 
 def seal(header: np.ndarray, parts: Iterable[bytes | np.ndarray]) -> list[np.ndarray]:
-    """The parts of a sidecar with the header's `checksum` set: XXH64 of the file with it zero."""
+    """A sidecar's content, the header's `checksum` set: XXH64 of the file with it zero."""
+    header["version"], header["header_bytes"] = VERSION, header.itemsize
     header["checksum"] = 0
     whole = np.concatenate([np.frombuffer(part, np.uint8) for part in (header.tobytes(), *parts)])
     header["checksum"] = _native.xxh64(whole)
@@ -136,7 +111,7 @@ def samples_summary(path: Path) -> dict:
         "name": f"{path.stem}.tar",
         "samples": len(table),
         "bad": len(bad),
-        "samples_checksum": f"{int(table.header['checksum']):016x}",
+        "samples_checksum": table.checksum,
     }
     return {"shard": shard, "reasons": reasons}
 
@@ -187,7 +162,4 @@ def _has_captions(folder: Path, shard: dict, checksum: str | None) -> bool:
         table = CaptionsTable(folder / f"{shard['name'].removesuffix('.tar')}.captions")
     except (FileNotFoundError, ValueError):
         return False
-    return (
-        f"{int(table.header['checksum']):016x}" == checksum
-        and f"{int(table.header['samples_checksum']):016x}" == shard["samples_checksum"]
-    )
+    return table.checksum == checksum and table.samples_checksum == shard["samples_checksum"]

@@ -12,7 +12,15 @@ import numpy as np
 
 import laclip
 from laclip import _native
-from laclip.dataset import BAD, DECODED, REASONS, SAMPLE_RECORD, SAMPLES_HEADER, SamplesTable
+from laclip.dataset import (
+    BAD,
+    DECODED,
+    REASONS,
+    SAMPLE_RECORD,
+    SAMPLES_HEADER,
+    SAMPLES_MAGIC,
+    SamplesTable,
+)
 from laclip.prepare.folder import (
     is_whole,
     read_manifest,
@@ -166,8 +174,7 @@ def _samples_file(tar: Path, scan: dict, decode: bool) -> list[np.ndarray]:
         records["flags"][failed] |= BAD
         records["reason"][failed] = DECODE_FAILED
     header = np.zeros((), SAMPLES_HEADER)
-    header["magic"] = b"LACLIPSM"
-    header["version"], header["header_bytes"] = 1, SAMPLES_HEADER.itemsize
+    header["magic"] = SAMPLES_MAGIC
     header["count"], header["keys_bytes"] = scan["count"], len(scan["keys"])
     header["shard_bytes"], header["shard_checksum"] = scan["shard_bytes"], scan["shard_checksum"]
     header["rules"] = RULES
@@ -184,8 +191,7 @@ def _old_table(path: Path) -> SamplesTable | None:
 
 
 def _is_recorded(table: SamplesTable, shard: dict) -> bool:
-    found = len(table), f"{int(table.header['checksum']):016x}"
-    return found == (shard["samples"], shard["samples_checksum"])
+    return (len(table), table.checksum) == (shard["samples"], shard["samples_checksum"])
 
 
 def _says_all(table: SamplesTable, decode: bool) -> bool:

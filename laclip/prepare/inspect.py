@@ -24,7 +24,7 @@ from laclip.dataset import (
     Dataset,
     open_dataset,
 )
-from laclip.prepare.captions import BINS, MAX_BYTES, read_lengths
+from laclip.prepare.captions import BINS, MAX_BYTES, VariantCount, aligned, count_captions
 from laclip.prepare.folder import write_whole
 from laclip.tokenizer import load_tokenizer
 
@@ -63,8 +63,7 @@ def summary(dataset: Dataset) -> str:
     bad: Counter[str] = Counter()
     formats: Counter[str] = Counter()
     sizes = np.zeros(len(SIZES) - 1, np.int64)
-    lengths = np.zeros((len(dataset.variants), len(BINS)), np.int64)
-    flags = np.zeros((len(dataset.variants), 2), np.int64)
+    counts = [VariantCount() for _ in dataset.variants]
     image_bytes = tokens = decoded = 0
     for shard in range(len(dataset.shards)):
         records = dataset.samples(shard).records
@@ -79,12 +78,8 @@ def summary(dataset: Dataset) -> str:
         if dataset.variants:
             table = dataset.captions(shard)
             tokens += len(table.all_tokens)
-            for variant in range(len(dataset.variants)):
-                entries = table.entries[variant : -1 : len(dataset.variants)]
-                missing = entries & CAPTION_MISSING != 0
-                short = entries & CAPTION_SHORT != 0
-                flags[variant] += np.count_nonzero(missing), np.count_nonzero(short)
-                lengths[variant] += read_lengths(table, variant)
+            for variant, count in enumerate(counts):
+                count.add(count_captions(table, variant))
     n = dataset.num_samples
     lines = [
         f"{dataset.path}",
@@ -105,11 +100,9 @@ def summary(dataset: Dataset) -> str:
         ends = [*(str(end - 1) for end in BINS[1:]), "more"]
         head = ["variant", "missing", "short", *(f"<={end}" for end in ends[:-1]), "more"]
         rows = [head]
-        for name, (missing, short), own in zip(dataset.variants, flags, lengths, strict=True):
-            rows.append([name, *map(str, (missing, short, *own))])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        for row in rows:
-            lines.append("  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
+        for name, count in zip(dataset.variants, counts, strict=True):
+            rows.append([name, *map(str, (count.missing, count.short, *count.lengths))])
+        lines += aligned(rows)
     return "\n".join(lines)
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from laclip import _native
-from laclip.dataset import REASONS, checksum_hex
-from laclip.prepare.folder import remove_leftovers, whole_file, write_whole
+from laclip.dataset import REASONS, as_hex, checksum_hex
+from laclip.prepare.folder import remove_leftovers, temporary_name, write_whole
 from laclip.prepare.shards import add_run_arguments, in_order, run_shards
 from laclip.prepare.sources import CAPTION_COLUMNS, PATH_COLUMNS, read_pairs
+from laclip.whole_files import whole_file
 
 RECORD = "pack.json"  # what was packed, beside the shards
 
@@ -78,7 +79,7 @@ def pack(
         raise ValueError(f"{pairs}: no rows in it")
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
-    source = {"rows": count, "rows_a_shard": rows, "checksum": f"{checksum:016x}"}
+    source = {"rows": count, "rows_a_shard": rows, "checksum": as_hex(checksum)}
     _check_source(out, source, pairs)
     write_whole(out / RECORD, [json.dumps({"source": source}, indent=2).encode() + b"\n"])
     shards = (count + rows - 1) // rows
@@ -151,7 +152,7 @@ def pack_shard(out: Path, images: Path, number: int, first_row: int, chunk: list
         return {**old, "kept": True}
     root = images.resolve()
     with (
-        whole_file(tar_path) as file,
+        whole_file(tar_path, temporary_name(tar_path)) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for row, (path, caption) in enumerate(chunk, first_row):

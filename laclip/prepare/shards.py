@@ -12,6 +12,8 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
+from laclip.ray_tasks import run_on_ray
+
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every tool that works shard by shard."""
@@ -48,7 +50,7 @@ def run_shards(
     """
     progress = _Progress(label, total, unit)
     if ray:
-        finished = _on_ray(function, tasks)
+        finished = run_on_ray(function, tasks)
     elif jobs > 1 and total > 1:
         finished = _on_processes(function, tasks, min(jobs, total))
     else:
@@ -99,37 +101,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _on_ray(function, tasks) -> Iterator[tuple[int, Any]]:
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise ValueError("--ray needs the package ray. Run: pip install 'laclip[ray]'") from None
-    started = not ray.is_initialized()
-    if started:
-        ray.init(log_to_driver=False, include_dashboard=False)
-    try:
-        remote = ray.remote(function)
-        window = int(2 * ray.cluster_resources().get("CPU", 1))
-        waiting = iter(enumerate(tasks))
-        running: dict[Any, int] = {}
-        while True:
-            while len(running) < window and (item := next(waiting, None)) is not None:
-                running[remote.remote(*item[1])] = item[0]
-            if not running:
-                return
-            done, _ = ray.wait(list(running))
-            for reference in done:
-                index = running.pop(reference)
-                try:
-                    result = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
-                yield index, result
-    finally:
-        if started:
-            ray.shutdown()
 
 
 class _Progress:

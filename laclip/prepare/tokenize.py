@@ -26,6 +26,7 @@ from laclip.prepare.captions import (
     MAX_TOKENS,
     Source,
     VariantCount,
+    aligned,
     has_texts,
     open_texts,
     tokenize_shard,
@@ -360,11 +361,9 @@ def _report(folder: Path, samples: int, sources, counts, unmatched) -> str:
         shown = "" if left is None else str(left)
         rows.append([source.name, *map(str, numbers), shown, *map(str, count.lengths)])
         notes += lines_of
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"{folder}: {samples} samples x {len(sources)} variants"]
-    for row in rows:
-        lines.append("  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
-    lines.append(
-        "  (the last columns count captions by tokens; unmatched: rewrites that no sample took)"
-    )
+    lines = [
+        f"{folder}: {samples} samples x {len(sources)} variants",
+        *aligned(rows),
+        "  (the last columns count captions by tokens; unmatched: rewrites that no sample took)",
+    ]
     return "\n".join([*lines, *notes])

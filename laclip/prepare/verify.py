@@ -111,12 +111,11 @@ def check_shard(
 def _check_samples(table: SamplesTable, shard: Shard) -> list[str]:
     problems = []
     run = f"Run: laclip index --force {table.path.parent}"
-    header, records = table.header, table.records
     if not is_whole(table):
         return [f"{table.path}: its bytes do not give its checksum. {run}"]
-    if f"{int(header['checksum']):016x}" != shard.samples_checksum or len(table) != shard.samples:
+    if table.checksum != shard.samples_checksum or len(table) != shard.samples:
         problems.append(f"{table.path}: is not the file that dataset.json records. {run}")
-    if np.count_nonzero(records["flags"] & BAD) != shard.bad:
+    if np.count_nonzero(table.records["flags"] & BAD) != shard.bad:
         problems.append(f"{table.path}: another number of bad samples than recorded. {run}")
     return problems
 
@@ -129,9 +128,9 @@ def _check_captions(
     run = f"Run: laclip tokenize {table.path.parent}{named}"
     if not is_whole(table):
         return [f"{table.path}: its bytes do not give its checksum. {run}"]
-    if f"{int(table.header['checksum']):016x}" != shard.captions_checksum:
+    if table.checksum != shard.captions_checksum:
         problems.append(f"{table.path}: is not the file that dataset.json records. {run}")
-    if f"{int(table.header['samples_checksum']):016x}" != shard.samples_checksum:
+    if table.samples_checksum != shard.samples_checksum:
         problems.append(f"{table.path}: was made for other samples. {run}")
     if (table.count, table.variants, table.tokenizer) != (shard.samples, len(variants), tokenizer):
         problems.append(

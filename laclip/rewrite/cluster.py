@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
+from laclip.ray_tasks import run_on_ray
 from laclip.rewrite.captions import CaptionShard
 from laclip.rewrite.engine import EngineSettings, build_engine
 from laclip.rewrite.job import Plan, rewrite_shards
@@ -18,39 +19,15 @@ def rewrite_on_ray(
     transformers a task takes a GPU, where the cluster has any. A shard whose worker died is tried
     again by Ray, and goes on from its part.
     """
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise ValueError("--ray needs the package ray. Run: pip install 'laclip[ray]'") from None
     plan = replace(plan, folder=plan.folder.resolve())
-    started = not ray.is_initialized()
-    if started:
-        ray.init(log_to_driver=False, include_dashboard=False)
-    try:
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0)) if settings.engine == "transformers" else 0
-        task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(rewrite_shard)
-        window = 2 * (gpus or max(1, int(resources.get("CPU", 1))))
-        waiting = iter(shards)
-        running: dict = {}
-        while True:
-            while len(running) < window and (shard := next(waiting, None)) is not None:
-                placed = replace(shard, path=shard.path.resolve())
-                running[task.remote(placed, plan, settings)] = shard
-            if not running:
-                return
-            done, _ = ray.wait(list(running))
-            for reference in done:
-                shard = running.pop(reference)
-                try:
-                    yield ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
-                except ray.exceptions.WorkerCrashedError as error:
-                    yield {"shard": shard.name, "problem": f"its workers died: {error}"}
-    finally:
-        if started:
-            ray.shutdown()
+    tasks = ((replace(shard, path=shard.path.resolve()), plan, settings) for shard in shards)
+
+    def lost(index: int, error: Exception) -> dict:
+        return {"shard": shards[index].name, "problem": f"its workers died: {error}"}
+
+    use_gpus = settings.engine == "transformers"
+    for _, result in run_on_ray(rewrite_shard, tasks, use_gpus=use_gpus, lost=lost):
+        yield result
 
 
 def rewrite_shard(shard: CaptionShard, plan: Plan, settings: EngineSettings) -> dict:

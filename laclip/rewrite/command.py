@@ -26,11 +26,11 @@ from laclip.rewrite.job import (
     read_lines,
     record_finished,
     rewrite_shards,
-    whole_file,
 )
 from laclip.rewrite.page import write_page
 from laclip.rewrite.progress import Progress
 from laclip.rewrite.prompts import BUILT_IN, load_prompts
+from laclip.whole_files import whole_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

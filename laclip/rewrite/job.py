@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from laclip.rewrite.captions import CaptionShard
 from laclip.rewrite.engine import Answer, Request
 from laclip.rewrite.filters import reject, tidy, unfit
 from laclip.rewrite.prompts import PromptSet, draw_words
+from laclip.whole_files import whole_file
 
 SYNC_SECONDS = 1.0  # of work that a power cut may cost; a kill costs none
 
@@ -158,7 +159,7 @@ class _Shard:
     def __init__(self, shard: CaptionShard, plan: Plan, on_answer):
         self.shard, self.plan, self.on_answer = shard, plan, on_answer
         self.part = plan.folder / "parts" / f"{shard.name}.jsonl"
-        self.file = open(self.part, "ab", buffering=0)  # noqa: SIM115 (closed in close)
+        self.file = open(self.part, "ab", buffering=0)  # noqa: SIM115 (closed in end)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -252,7 +253,7 @@ class _Shard:
                 return {"shard": self.shard.name, "problem": self.problem}
             return self._finish()
         finally:
-            self.close()
+            self.file.close()
 
     def _finish(self) -> dict:
         numbers, sizes, tokens, reasons = array("q"), array("q"), 0, Counter[str]()
@@ -285,9 +286,6 @@ class _Shard:
             "seconds": round(time.monotonic() - self.begin, 3),
         }
 
-    def close(self) -> None:
-        self.file.close()
-
 
 def read_lines(path: Path) -> Iterator[tuple[dict, int]]:
     """The entries of a file that grows by whole lines, with their bytes, up to one cut off."""
@@ -305,24 +303,3 @@ def read_lines(path: Path) -> Iterator[tuple[dict, int]]:
 def as_line(entry: dict) -> bytes:
     # A lone surrogate, which JSON's escapes may bring, has no UTF-8.
     return (json.dumps(entry, ensure_ascii=False) + "\n").encode(errors="replace")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # a full disk: what was written of it helps nobody
-        temporary.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)
-        raise
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

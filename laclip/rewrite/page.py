@@ -9,7 +9,8 @@ from pathlib import Path
 
 from laclip import _native
 from laclip.rewrite.filters import REASONS
-from laclip.rewrite.job import read_lines, whole_file
+from laclip.rewrite.job import read_lines
+from laclip.whole_files import whole_file
 
 MEASURED = 50_000  # captions that the figures are of, and at most read for them
 SHOWN = 60  # samples, and as many rejects

@@ -24,8 +24,21 @@ void require(bool condition, const char* what) {
   }
 }
 
+class MemorySource : public laclip::ByteSource {
+ public:
+  explicit MemorySource(std::span<const std::byte> bytes) : bytes_(bytes) {}
+  std::uint64_t size() const override { return bytes_.size(); }
+  std::span<const std::byte> view(std::uint64_t offset, std::size_t bytes) override {
+    if (offset >= bytes_.size()) return {};
+    return bytes_.subspan(offset, std::min<std::uint64_t>(bytes, bytes_.size() - offset));
+  }
+
+ private:
+  std::span<const std::byte> bytes_;
+};
+
 void check_tar(std::span<const std::byte> bytes) {
-  laclip::MemorySource source(bytes);
+  MemorySource source(bytes);
   try {
     const laclip::TarScan scan = laclip::scan_tar(source);
     require(scan.records.size() == scan.key_end.size(), "keys without records");

@@ -149,8 +149,11 @@ def test_one_rank_may_fall_back_alone():
     assert max(first_error, second_error) < 2e-5
 
 
-def events_worker(rank: int, loss: str) -> list[str]:
-    """The order in which the towers run and the network is started and awaited."""
+SCALARS = {"clip": [5.0], "siglip": [5.0, -1.0]}  # of each loss
+
+
+def events_worker(rank: int) -> dict[str, list[str]]:
+    """The order in which the towers run and the network is started and awaited, by loss."""
     from laclip.kernels import gather, start_gather
     from laclip.kernels.testing import PUBLIC
 
@@ -180,32 +183,36 @@ def events_worker(rank: int, loss: str) -> list[str]:
     for name, tower in towers.items():
         tower.register_forward_hook(lambda *_, name=name: events.append(f"{name} forward"))
         tower.register_full_backward_hook(lambda *_, name=name: events.append(f"{name} backward"))
-    inputs = torch.randn(6, 8)
-    text = towers["text"](inputs.clone().requires_grad_())
-    gathered = start_gather(text, dist.group.WORLD)
-    image = towers["image"](inputs.clone().requires_grad_())
-    scalars = [torch.tensor(5.0), torch.tensor(-1.0)][: 1 if loss == "clip" else 2]
-    PUBLIC[loss](image, gathered, *scalars, implementation="chunked").backward()
-    return events
+    found = {}
+    for loss in SCALARS:
+        events.clear()
+        inputs = torch.randn(6, 8)
+        text = towers["text"](inputs.clone().requires_grad_())
+        gathered = start_gather(text, dist.group.WORLD)
+        image = towers["image"](inputs.clone().requires_grad_())
+        scalars = map(torch.tensor, SCALARS[loss])
+        PUBLIC[loss](image, gathered, *scalars, implementation="chunked").backward()
+        found[loss] = list(events)
+    return found
 
 
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
-def test_the_network_runs_under_the_image_tower(loss):
-    for events in run_ranks(2, events_worker, loss):
-        assert events == [
-            "text forward",
-            "gather started",
-            "image forward",
-            "gather awaited",
-            "scatter started",
-            "image backward",
-            "scatter awaited",
-            "text backward",
-        ]
+def test_the_network_runs_under_the_image_tower():
+    expected = [
+        "text forward",
+        "gather started",
+        "image forward",
+        "gather awaited",
+        "scatter started",
+        "image backward",
+        "scatter awaited",
+        "text backward",
+    ]
+    for found in run_ranks(2, events_worker):
+        assert found == {"clip": expected, "siglip": expected}
 
 
-def freed_worker(rank: int, loss: str) -> bool:
-    """Whether the gathered features are gone with the step, without a search for cycles."""
+def freed_worker(rank: int) -> dict[str, bool]:
+    """Whether gathered features are gone with the step, without a search for cycles, by loss."""
     import gc
     import weakref
 
@@ -213,18 +220,20 @@ def freed_worker(rank: int, loss: str) -> bool:
     from laclip.kernels.testing import PUBLIC
 
     gc.disable()
-    gathered = start_gather(torch.randn(6, DIM, requires_grad=True), dist.group.WORLD)
-    watched = weakref.ref(gathered)
-    scalars = [torch.tensor(5.0), torch.tensor(-1.0)][: 1 if loss == "clip" else 2]
-    value = PUBLIC[loss](torch.randn(6, DIM), gathered, *scalars, implementation="chunked")
-    value.backward()
-    del gathered, value
-    return watched() is None
+    found = {}
+    for loss in SCALARS:
+        gathered = start_gather(torch.randn(6, DIM, requires_grad=True), dist.group.WORLD)
+        watched = weakref.ref(gathered)
+        scalars = map(torch.tensor, SCALARS[loss])
+        value = PUBLIC[loss](torch.randn(6, DIM), gathered, *scalars, implementation="chunked")
+        value.backward()
+        del gathered, value
+        found[loss] = watched() is None
+    return found
 
 
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
-def test_gathered_features_are_freed_with_the_step(loss):
-    assert run_ranks(1, freed_worker, loss) == [True]
+def test_gathered_features_are_freed_with_the_step():
+    assert run_ranks(1, freed_worker) == [{"clip": True, "siglip": True}]
 
 
 def disagreement_worker(rank: int) -> list[str]:

@@ -22,9 +22,11 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from laclip import convert
-from laclip.config import PRESETS, ModelConfig, TextConfig, VisionConfig
+from laclip.config import PRESETS, Config, ModelConfig, TextConfig, VisionConfig
+from laclip.export_weights import hugging_face_config
 from laclip.flops import training_flops
 from laclip.model import CLIP, build_model
+from laclip.tokenizer import load_tokenizer
 
 VOCABULARY, EOT, CONTEXT = 49408, 49407, 77
 OPEN_CLIP = {"vit_b_32": "ViT-B-32", "vit_b_16": "ViT-B-16"}
@@ -171,7 +173,7 @@ def hugging_face() -> dict:
     text = dataclasses.replace(config.text, activation="quick_gelu")
     config = dataclasses.replace(config, vision=vision, text=text)
     ours = build_model(config, VOCABULARY, EOT).eval()
-    settings = convert.hugging_face_config(config, VOCABULARY, EOT)
+    settings = hugging_face_config(Config(model=config), load_tokenizer())
     with tempfile.TemporaryDirectory() as folder:
         weights = convert.from_laclip(ours.state_dict(), "hugging_face")
         torch.save(weights, Path(folder, "pytorch_model.bin"))

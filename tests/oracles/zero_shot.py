@@ -1,6 +1,9 @@
 """open_clip's own zero-shot evaluation of an exported model; prints its scores as JSON.
 
-python requirements/oracles.py tests/oracles/zero_shot.py WEIGHTS CONFIG.toml CLASS_FOLDERS
+python requirements/oracles.py tests/oracles/zero_shot.py OPEN_CLIP HUGGING_FACE CLASS_FOLDERS
+
+OPEN_CLIP, HUGGING_FACE: folders that `laclip export` wrote, each loaded by its own project, with
+preprocessing and tokenizer. "hugging_face": the largest difference of a probability between them.
 """
 
 import json
@@ -10,20 +13,15 @@ from pathlib import Path
 
 import open_clip
 import torch
-from open_clip.transform import image_transform
 from open_clip_train.zero_shot import run
-from originals import open_clip_model
 from PIL import Image
-
-from laclip.config import load_config
+from transformers import CLIPModel, CLIPProcessor
 
 
 def main() -> None:
-    weights, settings, data = sys.argv[1:]
-    config = load_config(settings).model
-    model = open_clip_model(config).eval()
-    model.load_state_dict(torch.load(weights, weights_only=True))
-    transform = image_transform(config.vision.image_size, is_train=False)
+    exported, hugging_face, data = sys.argv[1:]
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{exported}")
+    model.eval()
     folders = sorted(Path(data).iterdir())
     images, labels = [], []
     for label, folder in enumerate(folders):
@@ -31,7 +29,7 @@ def main() -> None:
             images.append(transform(Image.open(file)))
             labels.append(label)
     batches = list(zip(torch.stack(images).split(64), torch.tensor(labels).split(64)))
-    tokenizer = open_clip.SimpleTokenizer(context_length=config.text.context_length)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{exported}")
     args = Namespace(device="cpu", precision="fp32", batch_size=64)
     found = {}
     for name, templates in (
@@ -44,6 +42,17 @@ def main() -> None:
             )
         top1, top5 = run(model, classifier, batches, args)
         found[name] = {"top1": top1, "top5": top5, "classifier": classifier.T.tolist()}
+    names = [f"A drawing of: {folder.name.replace('_', ' ')}, isn't it?" for folder in folders]
+    files = [next(folder.iterdir()) for folder in folders]
+    pictures = torch.stack([transform(Image.open(file)) for file in files])
+    processor = CLIPProcessor.from_pretrained(hugging_face)
+    pictures_of = {"images": [Image.open(file) for file in files], "return_tensors": "pt"}
+    with torch.no_grad():
+        image, text, scale = model(pictures, tokenizer(names))
+        inputs = processor(text=names, padding=True, truncation=True, **pictures_of)
+        logits = CLIPModel.from_pretrained(hugging_face).eval()(**inputs).logits_per_image
+        difference = logits.softmax(1) - (scale * image @ text.T).softmax(1)
+    found["hugging_face"] = difference.abs().max().item()
     print(json.dumps(found))
 
 
