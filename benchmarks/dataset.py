@@ -131,7 +131,8 @@ def rival_tokenizer():
     from tokenizers import Regex, models, normalizers, pre_tokenizers
 
     twin = ReferenceTokenizer()
-    model = models.BPE(vocab=twin._ids, merges=list(twin._ranks), end_of_word_suffix="</w>")
+    vocabulary = {symbol: i for i, symbol in enumerate(twin.symbols)}
+    model = models.BPE(vocab=vocabulary, merges=list(twin.ranks), end_of_word_suffix="</w>")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

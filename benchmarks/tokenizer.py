@@ -116,8 +116,8 @@ class HuggingFace:
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
         twin = laclip.tokenizer.ReferenceTokenizer()
         model = BPE(
-            vocab=twin._ids,
-            merges=list(twin._ranks),
+            vocab={symbol: i for i, symbol in enumerate(twin.symbols)},
+            merges=list(twin.ranks),
             end_of_word_suffix="</w>",
             continuing_subword_prefix="",
             unk_token="<|endoftext|>",
