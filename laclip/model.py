@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from laclip.config import ModelConfig, TextConfig, VisionConfig
 
 MAX_LOG_SCALE = math.log(100.0)
+ACTIVATIONS = ("gelu", "quick_gelu")
 ATTENTION_PACKAGES = {"sdpa": "torch", "flash_attn": "flash_attn", "xformers": "xformers"}
 
 
@@ -371,7 +372,7 @@ def build_model(
     vocab_size, eot_token: the tokenizer's. siglip: add logit_bias, starting at -10 (arXiv
     2303.15343). Raises ValueError where the configuration does not fit together.
     """
-    check_config(config)
+    check_config(config, vocab_size, eot_token)
     image = VisionTransformer(config.vision, config.embed_dim, config.attention)
     text = TextTransformer(config.text, config.embed_dim, config.attention, vocab_size, eot_token)
     model = CLIP(image, text, config.init_logit_scale)
@@ -391,8 +392,8 @@ def set_recomputation(model: CLIP, how: str) -> None:
             block.recompute = how == "activations"
 
 
-def check_config(config: "ModelConfig") -> None:
-    """Raises ValueError where values that load_config takes one by one do not fit together."""
+def check_config(config: "ModelConfig", vocab_size: int, eot_token: int) -> None:
+    """Raises ValueError where the model's configuration does not fit together."""
     vision, text = config.vision, config.text
     if vision.image_size % vision.patch_size:
         raise ValueError(
@@ -404,6 +405,8 @@ def check_config(config: "ModelConfig") -> None:
             raise ValueError(
                 f"model.{name}.width: {tower.width} is no multiple of heads {tower.heads}"
             )
+        if tower.depth < 1:
+            raise ValueError(f"model.{name}.depth: found {tower.depth}, expected 1 or more")
     if not 0 <= vision.patch_dropout < 1:
         raise ValueError(
             f"model.vision.patch_dropout: found {vision.patch_dropout}, expected 0 <= share < 1"
@@ -412,6 +415,18 @@ def check_config(config: "ModelConfig") -> None:
         raise ValueError(
             f"model.text.context_length: found {text.context_length}, expected 3 or more: the "
             "start, a token, the end"
+        )
+    for key, found, choices in (
+        ("vision.activation", vision.activation, ACTIVATIONS),
+        ("text.activation", text.activation, ACTIVATIONS),
+        ("text.pool", text.pool, ("eot", "last")),
+        ("attention", config.attention, tuple(ATTENTION_PACKAGES)),
+    ):
+        if found not in choices:
+            raise ValueError(f"model.{key}: found {found!r}, expected one of {', '.join(choices)}")
+    if not 0 <= eot_token < vocab_size:
+        raise ValueError(
+            f"tokenizer: end-of-text token {eot_token} lies outside its vocabulary of {vocab_size}"
         )
     if importlib.util.find_spec(ATTENTION_PACKAGES[config.attention]) is None:
         extra = config.attention.replace("_", "-")

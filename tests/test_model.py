@@ -463,7 +463,11 @@ def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
     [
         ({"vision": {"image_size": 30}}, "image_size: 30 is no multiple of patch_size 8. Use 24"),
         ({"vision": {"heads": 5}}, "model.vision.width: 48 is no multiple of heads 5"),
+        ({"text": {"depth": 0}}, "model.text.depth: found 0, expected 1 or more"),
+        ({"text": {"activation": "relu"}}, "found 'relu', expected one of gelu, quick_gelu"),
+        ({"text": {"pool": "mean"}}, "model.text.pool: found 'mean', expected one of eot, last"),
         ({"vision": {"patch_dropout": 1.0}}, "found 1.0, expected 0 <= share < 1"),
+        ({"attention": "fast"}, "found 'fast', expected one of sdpa, flash_attn, xformers"),
         ({"attention": "flash_attn"}, '--no-build-isolation "laclip[flash-attn]"'),
         ({"attention": "xformers"}, '--no-build-isolation "laclip[xformers]"'),
     ],
@@ -488,3 +492,5 @@ def test_inputs_that_do_not_fit_are_refused():
         model.encode_text(ids.where(ids != ids[0, 0], -1))
     with pytest.raises(ValueError, match=r"caption 1 has no end-of-text token \(99\)"):
         model.encode_text(torch.stack([ids[0], torch.ones_like(ids[0])]))
+    with pytest.raises(ValueError, match="end-of-text token 100 lies outside its vocabulary"):
+        build_model(configure(), 100, 100)
