@@ -59,6 +59,14 @@ def test_gradients_are_clipped_alike_without_zero(tmp_path):
     assert min(record["gradient_norm"] for record in metrics(tmp_path / "0")) > 0.6
 
 
+def test_micro_batches_give_the_losses_and_norms_of_the_whole_batch(straight, tmp_path):
+    run(arguments(tmp_path / "run", "train.micro_batch_size=8"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), abs=1e-5)
+    norms = [record["gradient_norm"] for record in metrics(tmp_path / "run")]
+    expected = [record["gradient_norm"] for record in metrics(straight)]
+    assert norms == pytest.approx(expected, rel=1e-4)
+
+
 def test_bf16_follows_fp32(straight, tmp_path):
     run(arguments(tmp_path / "run", "train.precision=bf16"))
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=2e-2)
@@ -216,6 +224,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(straight, tmp_path):
     assert (newest.with_name(f"damaged_{newest.name}") / victim.name).read_bytes() == content
     assert "going on at step 4" in output
     assert losses(folder) == losses(straight)
+
+
+def test_an_unfinished_run_of_another_config_is_refused(straight, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text((straight / "config.toml").read_text())
+    (folder / "status.json").write_text(json.dumps({"state": "resumable", "step": 4}))
+    code, output = run(arguments(folder, "optimizer.lr=0.5"), check=False)
+    assert code == 2
+    assert "optimizer.lr: 0.001 -> 0.5" in output and "Traceback" not in output
 
 
 def test_moved_data_is_taken_on_resume_and_changed_data_refused(straight, emoji_copy, tmp_path):

@@ -26,7 +26,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("loss, stage, micro", [("clip", 2, 8), ("siglip", 1, 8)])
+@pytest.mark.parametrize("loss, stage, micro", [("clip", 2, 8), ("siglip", 1, 8), ("siglip", 1, 0)])
 def test_updates_on_two_ranks_are_those_of_open_clip_on_one(tmp_path, loss, stage, micro):
     settings = [*SETTINGS, f"train.loss={loss}", f"train.micro_batch_size={micro}"]
     config = load_config(ROOT / "configs" / "demo.toml", [*TINY, *settings])
