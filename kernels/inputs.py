@@ -6,7 +6,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-Parameters, Result = ParamSpec("Parameters"), TypeVar("Result")
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 @contextmanager
