@@ -8,6 +8,7 @@ Its whole state is the index of the next batch and the list of samples found bad
 
 import dataclasses
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -142,6 +143,7 @@ class Loader:
         self._new_bad: dict[int, str] = {}
         self._prepared: LoadedBatch | DataError | None = None
         self._next = start
+        self._process = os.getpid()
         self._begin()
 
     def _begin(self) -> None:
@@ -195,6 +197,11 @@ class Loader:
                 raise
 
     def _load(self) -> LoadedBatch:
+        if os.getpid() != self._process:  # fork() leaves the threads that read and decode behind
+            raise RuntimeError(
+                f"Loader: made in process {self._process}, used in process {os.getpid()}, which "
+                "has none of its threads. Use it where it was made, with no DataLoader around it."
+            )
         asked = _now(self._device)
         if not self._under_way:
             self._begin()

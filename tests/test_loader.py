@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -338,3 +340,21 @@ def test_a_folder_listed_twice_is_drawn_twice_an_epoch_each_time_anew(emoji_copy
         found = next(going_on)
         assert (found.samples == expected.samples).all()
         assert torch.equal(found.images, expected.images)
+
+
+def test_a_loader_that_a_process_inherits_says_so_and_does_not_wait():
+    reading = loader()
+    told, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        try:
+            next(reading)
+        except RuntimeError as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.close(write)
+    with open(told) as pipe:
+        assert f"made in process {os.getpid()}, used in process {child}" in pipe.read()
+    os.waitpid(child, 0)
+    assert next(reading).index == 0
