@@ -1,4 +1,4 @@
-"""Lines of text files, and texts by key from JSONL, CSV and Parquet."""
+"""Lines of text files, and texts by key from JSONL, CSV (or tabs for commas) and Parquet."""
 
 import csv
 import json
@@ -34,11 +34,16 @@ def read_lines(path: Path) -> Iterator[str]:
 def read_csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line where it ends, cells) of every record; quoted cells may hold commas and newlines.
 
-    Raises ValueError for a row of more or fewer cells than the first: a text would be cut there.
+    Cells end at commas; at tabs in a .tsv, and where the first line has tabs and no comma, as
+    open_clip's lists. Raises ValueError for a row of more or fewer cells than the first: a text
+    would be cut there.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such CSV file")
-    reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
+    first = next(read_lines(path), "")
+    tabs = path.suffix == ".tsv" or ("\t" in first and "," not in first)
+    end = "\t" if tabs else ","
+    reader = csv.reader((line + "\n" for line in read_lines(path)), delimiter=end, strict=True)
     cells = 0
     try:
         for row in reader:
@@ -48,7 +53,7 @@ def read_csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             if len(row) != cells:
                 raise ValueError(
                     f"{path}: line {reader.line_num}: {len(row)} cells, its first row has {cells}. "
-                    "A text with commas needs quotes"
+                    f"A text with {'tabs' if tabs else 'commas'} needs quotes"
                 )
             yield reader.line_num, row
     except csv.Error as error:

@@ -57,7 +57,8 @@ def write_list(path, header=True):
         return path
     coding = "utf-8-sig" if path.name == "bom.csv" else "utf-8"
     with open(path, "w", newline="", encoding=coding) as file:
-        writer = csv.writer(file)
+        tabs = path.name in ("l.tsv", "tabs.csv")
+        writer = csv.writer(file, delimiter="\t" if tabs else ",")
         if header:
             writer.writerow(("Title", "filepath"))
         for image, caption in ROWS:
@@ -66,7 +67,15 @@ def write_list(path, header=True):
 
 
 @pytest.mark.parametrize(
-    ("name", "header"), [("l.csv", True), ("l.csv", False), ("bom.csv", True), ("l.parquet", True)]
+    ("name", "header"),
+    [
+        ("l.csv", True),
+        ("l.csv", False),
+        ("bom.csv", True),
+        ("l.parquet", True),
+        ("l.tsv", False),
+        ("tabs.csv", True),
+    ],  # open_clip's lists have tabs
 )
 def test_good_rows_are_packed_and_the_others_counted(name, header, images, tmp_path):
     report = pack(tmp_path / "out", write_list(tmp_path / name, header), images, rows=5)

@@ -112,6 +112,7 @@ def test_a_second_text_of_a_key_is_counted_apart(folder, tmp_path):
     assert report[5:] == [
         "  llm: no sample for the rewrite of 'x'",
         "  llm: 2 texts not used, as their key has an earlier one (first: 'k0')",
+        f"Next: laclip verify {folder}",
     ]
 
 
@@ -146,7 +147,9 @@ def release(tmp_path, header=True, rows=7):
 @pytest.mark.parametrize("join", ["row", "path", "caption"])
 def test_release_texts_join_by_row_path_or_caption(join, header, folder, tmp_path):
     original, text = release(tmp_path, header)
-    tokenize(folder, {"llama": text}, original_csv=original, join=join)
+    report = tokenize(folder, {"llama": text}, original_csv=original, join=join)
+    shown = {"row": "row 1", "path": "'img/1.jpg'", "caption": "'dead, \"row\" 1'"}[join]
+    assert f"llama: no sample for the rewrite of {shown}" in report
     expected = {key: f"rewrite of row {row}" for key, (_, row, _) in SAMPLES.items()}
     if join == "caption":  # two rows have this caption: the first one's rewrite serves both
         expected["k5"] = expected["k0"]
@@ -171,6 +174,16 @@ def test_captions_are_compared_but_for_white_space(folder, tmp_path):
     original.write_text(original.read_text().replace("a red dog", " a red  dog"))
     tokenize(folder, {"llama": text}, original_csv=original, join="caption")
     assert texts(folder, "llama")["k0"] == TOKENIZER.encode("rewrite of row 0")
+
+
+def test_tars_without_rows_and_paths_are_told_to_join_by_caption(folder, tmp_path):
+    original, text = release(tmp_path)
+    for tar in folder.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b'"laclip_', b'"nothing'))
+    assert index(folder).endswith(f"Next: laclip tokenize {folder}")
+    for join in ("row", "path"):
+        with pytest.raises(ValueError, match=f"by its {join}.*is None.* Say --join caption"):
+            tokenize(folder, {"llama": text}, original_csv=original, join=join)
 
 
 @pytest.mark.parametrize("rows", [6, 8])

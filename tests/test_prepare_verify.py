@@ -109,6 +109,22 @@ def test_the_summary_counts_what_is_there():
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert sum(map(int, rows["original"][2:])) == 3070
     assert int(rows["name"][0]) + sum(map(int, rows["name"][2:])) == 3070
+    assert rows["variant"] == [
+        "missing",
+        "short",
+        "0",
+        "1-5",
+        "6-10",
+        "11-20",
+        "21-40",
+        "41-75",
+        "76+",
+    ]
+
+
+def test_a_dataset_without_bad_samples_says_so(capsys):
+    assert main(["inspect", str(EMOJI / "train"), "--bad"]) == 0
+    assert capsys.readouterr() == ("", f"{EMOJI / 'train'}: no bad samples\n")
 
 
 def test_the_summary_needs_no_tokenizer(folder, tmp_path, capsys):

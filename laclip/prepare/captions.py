@@ -1,6 +1,7 @@
 """One shard's captions: texts from the tar and from stores of rewrites into a .captions file."""
 
 import functools
+import itertools
 import json
 import os
 from contextlib import suppress
@@ -31,6 +32,7 @@ MAX_TOKENS = 512  # kept of one caption: far beyond any context, so that none ca
 MAX_BYTES = 1 << 16  # read of one caption in a tar
 CONTEXT_TOKENS = 75  # a context of 77 holds so many; longer captions are counted in the report
 BINS = (0, 1, 6, 11, 21, 41, 76)  # of the histogram of lengths
+LENGTHS = ("0", *(f"{a}-{b - 1}" for a, b in itertools.pairwise(BINS[1:])), f"{BINS[-1]}+")
 JOURNAL = ".tokenize.journal"  # what a run has done so far; gone once dataset.json is written
 
 

@@ -94,7 +94,8 @@ def index(
     shards = [result["shard"] for result in found]
     kept = write_manifest(folder, shards, captions, variants, tokenizer, libraries)
     text = _report(folder, found)
-    if later := len(set(tar_paths(folder)) - set(paths)):
+    later = len(set(tar_paths(folder)) - set(paths))
+    if later:
         text += f"\n{later} more tars came meanwhile. Run: laclip index {folder}"
     if variants and not kept:
         named = "".join(f" --rewrites {name}=FILE" for name in variants[1:])
@@ -104,6 +105,8 @@ def index(
             "\nthere was no dataset.json to tell what its captions are. "
             f"Run: laclip tokenize {folder}, with --rewrites NAME=FILE for each variant"
         )
+    elif not (variants or later):
+        text += f"\nNext: laclip tokenize {folder}"
     return text
 
 

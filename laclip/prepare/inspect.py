@@ -6,6 +6,7 @@ laclip inspect FOLDER [--bad] [--sample KEY] [--html PAGE.html]
 import argparse
 import base64
 import html
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from laclip.dataset import (
     Dataset,
     open_dataset,
 )
-from laclip.prepare.captions import BINS, MAX_BYTES, VariantCount, aligned, count_captions
+from laclip.prepare.captions import LENGTHS, MAX_BYTES, VariantCount, aligned, count_captions
 from laclip.prepare.folder import write_whole
 from laclip.tokenizer import load_tokenizer
 
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     if args.bad:
         for line in bad_samples(dataset):
             print(line)
+        if not any(shard.bad for shard in dataset.shards):
+            print(f"{args.folder}: no bad samples", file=sys.stderr)
         return 0
     if args.sample is not None:
         print(Viewer(dataset, args.tokenizer).describe(*find_key(dataset, args.sample)))
@@ -97,12 +100,10 @@ def summary(dataset: Dataset) -> str:
     ]
     if dataset.variants:
         lines.append(f"tokens       {tokens:,}, {tokens / max(n, 1):.1f} a sample")
-        ends = [*(str(end - 1) for end in BINS[1:]), "more"]
-        head = ["variant", "missing", "short", *(f"<={end}" for end in ends[:-1]), "more"]
-        rows = [head]
+        rows = [["variant", "missing", "short", *LENGTHS]]
         for name, count in zip(dataset.variants, counts, strict=True):
             rows.append([name, *map(str, (count.missing, count.short, *count.lengths))])
-        lines += aligned(rows)
+        lines += [*aligned(rows), "  (the last columns count captions by tokens)"]
     return "\n".join(lines)
 
 

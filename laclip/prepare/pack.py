@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairs",
         type=Path,
         required=True,
-        help=f"CSV or Parquet with a path column ({', '.join(PATH_COLUMNS)}) and a caption column "
-        f"({', '.join(CAPTION_COLUMNS)}); a CSV without a header: path, caption",
+        help=f"CSV, TSV or Parquet with a path column ({', '.join(PATH_COLUMNS)}) and a caption "
+        f"column ({', '.join(CAPTION_COLUMNS)}); without a header: path, caption",
     )
     parser.add_argument("--images", type=Path, required=True, help="folder that the paths start in")
     parser.add_argument(

@@ -8,7 +8,6 @@ already are kept, those named here are added or replaced.
 
 import argparse
 import importlib.metadata
-import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -20,9 +19,9 @@ import numpy as np
 import laclip
 from laclip.dataset import checksum_hex, open_dataset
 from laclip.prepare.captions import (
-    BINS,
     CONTEXT_TOKENS,
     JOURNAL,
+    LENGTHS,
     MAX_TOKENS,
     Source,
     VariantCount,
@@ -225,6 +224,11 @@ def _check_found(dataset, sources: list[Source], original_csv: Path | None) -> N
                 f"--rewrites {source.name}: no sample of {dataset.path} finds a text by its "
                 f"{source.identity}. The first sample's is {(own and own[:80])!r}, the first "
                 f"text's {TextStore(Path(source.place)).identity(0)[:80]!r}"
+                + (
+                    ": laclip pack did not make these tars. Say --join caption"
+                    if own is None and source.identity in ("row", "path")
+                    else ""
+                )
             )
         if source.identity in ("row", "path") and not compared:
             _check_captions(dataset, shard, source.identity, original_csv)
@@ -328,7 +332,8 @@ def _unmatched(
     left = np.flatnonzero(~used)
     if len(left):
         first = store.identity(int(left[0]))[:80]
-        notes.append(f"  {source.name}: no sample for the rewrite of {first!r}")
+        shown = f"row {first}" if source.identity == "row" else repr(first)
+        notes.append(f"  {source.name}: no sample for the rewrite of {shown}")
     if len(again):
         first = store.identity(int(again[0]))[:80]
         notes.append(
@@ -353,8 +358,7 @@ def _read_journal(path: Path, plan: str) -> dict[str, tuple[str, int]]:
 
 def _report(folder: Path, samples: int, sources, counts, unmatched) -> str:
     head = ["variant", "missing", "short", f">{CONTEXT_TOKENS}", "not UTF-8", "unmatched"]
-    labels = [f"{a}-{b - 1}" for a, b in itertools.pairwise(BINS[1:])]
-    rows = [[*head, "0", *labels, f"{BINS[-1]}+"]]
+    rows = [[*head, *LENGTHS]]
     notes = []
     for source, count, (left, lines_of) in zip(sources, counts, unmatched, strict=True):
         numbers = [count.missing, count.short, count.over_context, count.not_utf8]
@@ -364,6 +368,7 @@ def _report(folder: Path, samples: int, sources, counts, unmatched) -> str:
     lines = [
         f"{folder}: {samples} samples x {len(sources)} variants",
         *aligned(rows),
-        "  (the last columns count captions by tokens; unmatched: rewrites that no sample took)",
+        "  (short: of fewer than two words; unmatched: rewrites that no sample took; the last "
+        "columns count captions by tokens)",
     ]
-    return "\n".join([*lines, *notes])
+    return "\n".join([*lines, *notes, f"Next: laclip verify {folder}"])
