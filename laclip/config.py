@@ -304,7 +304,9 @@ def load_config(path: str | Path | None, overrides: typing.Iterable[str] = ()) -
     return config
 
 
-def add_set_option(parser: argparse.ArgumentParser) -> None:
+def add_set_option(
+    parser: argparse.ArgumentParser, example: str = "optimizer.lr=5e-4 train.steps=100"
+) -> None:
     """The option whose words are load_config's overrides."""
     parser.add_argument(
         "--set",
@@ -312,7 +314,7 @@ def add_set_option(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="override keys of the configuration, e.g. --set optimizer.lr=5e-4 train.steps=100",
+        help=f"override keys of the configuration, e.g. --set {example}",
     )
 
 

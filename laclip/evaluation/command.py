@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "as in the run's configuration. docs/evaluation.md tells what every number means."
     )
     parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="a run's folder: config.toml and model.pt"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a run's folder: config.toml and model.pt, or with --checkpoint its checkpoints",
     )
     tasks = parser.add_subparsers(metavar="TASK", required=True, dest="task")
 
@@ -51,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         add_checkpoint_option(found)
         found.add_argument("--out", type=Path, metavar="JSON", help="write all scores there")
-        add_set_option(found)
+        add_set_option(found, "evaluation.batch_size=512 train.precision=fp32")
         return found
 
     labelled = (

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of random samples")
     parser.add_argument("--count", type=int, default=60, help="samples on the page (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="which samples (default: 0)")
-    parser.add_argument("--tokenizer", default="clip", help="clip or sentencepiece:FILE")
+    parser.add_argument("--tokenizer", default="clip", help="clip (default) or sentencepiece:FILE")
 
 
 def run(args: argparse.Namespace) -> int:

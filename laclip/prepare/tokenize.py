@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop", action="append", default=[], metavar="NAME", help="leave a variant out"
     )
-    parser.add_argument("--tokenizer", default="clip", help="clip or sentencepiece:FILE")
+    parser.add_argument("--tokenizer", default="clip", help="clip (default) or sentencepiece:FILE")
     add_run_arguments(parser)
 
 

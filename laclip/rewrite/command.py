@@ -318,7 +318,9 @@ def _conclude(
         lines.append("  Run the same command again to try the shards that were set aside.")
     lines.append(f"  samples and figures: {page}")
     if accepted:
-        lines.append(f"  laclip tokenize FOLDER --rewrites NAME={merged}")
+        source = shards[0].path.parent
+        dataset = source if (source / "dataset.json").is_file() else "FOLDER"
+        lines.append(f"Next: laclip tokenize {dataset} --rewrites NAME={merged}")
     return "\n".join(lines)
 
 
