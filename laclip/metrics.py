@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import mmap
@@ -10,7 +11,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,12 @@ def _drop_records(path: Path, next_step: int) -> None:
                     break
             end = begin
         file.truncate(end)
+
+
+def variant_names(datasets: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """One name a place in the datasets' lists of variants: "llm or blip" where they differ."""
+    places = itertools.zip_longest(*datasets)
+    return tuple(" or ".join(dict.fromkeys(name for name in place if name)) for place in places)
 
 
 def variant_shares(names: tuple[str, ...], counts: np.ndarray) -> dict[str, float]:

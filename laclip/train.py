@@ -47,6 +47,7 @@ from laclip.metrics import (
     json_line,
     peak_memory_mib,
     say,
+    variant_names,
     variant_shares,
 )
 from laclip.model import CLIP, build_model, load_weights
@@ -226,7 +227,7 @@ def run(
         bad_samples=state["bad_samples"],
         bad_log=folder / "bad_samples.jsonl",
     )
-    variants = max((dataset.variants for dataset in datasets), key=len)
+    variants = variant_names(dataset.variants for dataset in datasets)
     batch_size = config.train.global_batch_size
     total_steps = schedule.total_steps
     step = saved_step = state["step"]
@@ -234,9 +235,11 @@ def run(
     loss_scale = LossScale(config.train.precision, batch_size, state.get("loss_scale"))
     if ranks.is_first:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        numbers = [len(dataset.variants) for dataset in datasets]
+        captions = " to ".join(map(str, sorted({min(numbers), max(numbers)})))
         say(
             f"laclip: {parameters / 1e6:.1f} M parameters, {loader.num_samples:,} samples with "
-            f"{len(variants)} captions each, {total_steps} steps of {batch_size} on "
+            f"{captions} captions each, {total_steps} steps of {batch_size} on "
             f"{ranks.world_size} {ranks.device.type.upper()} rank(s), ZeRO-{stage}, "
             f"{config.train.precision}" + (f"; going on at step {step}" if found else "")
         )
@@ -303,7 +306,6 @@ def run(
                 "data_wait": batch.wait_seconds / seconds,
                 "substitutes": substitutes,
                 "bad_samples": len(loader.bad_samples),
-                "variants": variant_shares(variants, np.array(counts[len(STOPS) + 3 :])),
                 "memory_mib": peak_memory_mib(ranks.device),
                 **utilization(
                     config.model,
@@ -312,6 +314,9 @@ def run(
                     ranks.device,
                 ),
             }
+            if config.data.captions != "multi":  # which draws none: it takes them all
+                drawn = np.array(counts[len(STOPS) + 3 :])
+                record["variants"] = variant_shares(variants, drawn)
             if not result.applied:
                 record["skipped"] = True
             if scores:

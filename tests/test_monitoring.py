@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from train_job import arguments, metrics, run
 
-from laclip.metrics import MetricsWriter, read_metrics, variant_shares
+from laclip.metrics import MetricsWriter, read_metrics, variant_names, variant_shares
 from laclip.report import History, _smooth, _thinned, render_report
 
 # Prints the history that an offline run's file holds, a JSON object a step. The file is a LevelDB
@@ -54,6 +54,12 @@ def record(step, **more):
 def open_writer(folder, next_step=0, **trackers):
     trackers = {"tensorboard": False, "wandb_project": ""} | trackers
     return MetricsWriter(folder, next_step=next_step, **trackers)
+
+
+def test_variants_that_differ_from_data_set_to_data_set_are_named_by_their_place():
+    assert variant_names([("original", "llm"), ("original", "llm")]) == ("original", "llm")
+    mixed = variant_names([("original", "llm"), ("original", "blip", "eda")])
+    assert mixed == ("original", "llm or blip", "eda")
 
 
 def test_every_number_reaches_tensorboard_under_its_step(tmp_path):

@@ -85,6 +85,7 @@ def test_the_loss_of_all_variants_falls_and_does_not_depend_on_the_split(tmp_pat
         found.append(losses(tmp_path / name))
     assert found[0] == pytest.approx(found[1], abs=1e-4)
     assert found[0][-1] < found[0][0]
+    assert not any("variants" in record for record in metrics(tmp_path / "b"))  # none is drawn
 
 
 def test_a_stopped_and_resumed_run_gives_the_losses_of_one_without_a_stop(straight, tmp_path):
