@@ -189,8 +189,9 @@ def test_tars_without_rows_and_paths_are_told_to_join_by_caption(folder, tmp_pat
 @pytest.mark.parametrize("rows", [6, 8])
 def test_a_text_file_of_another_length_is_refused(rows, folder, tmp_path):
     original, text = release(tmp_path, rows=rows)
-    with pytest.raises(ValueError, match=rf"x_llama\.txt: {rows} lines, but .* has 7 rows"):
+    with pytest.raises(ValueError, match=rf"x_llama\.txt: {rows} lines, but .* has 7 rows") as e:
         tokenize(folder, {"llama": text}, original_csv=original)
+    assert ("('img/0.jpg', 'a red dog'), is a header" in str(e.value)) == (rows == 6)
     assert open_dataset(folder).variants == ()
 
 

@@ -106,7 +106,11 @@ def _read_release(path: Path, original_csv: Path, join: str) -> Iterator[tuple[s
 
 
 def _line_counts(path: Path, lines: int, original_csv: Path, rows: int) -> str:
-    return (
+    text = (
         f"{path}: {lines} lines, but {original_csv} has {rows} rows: line n must be the rewrite of "
         "row n, so every later rewrite would go to a wrong image. Get both files whole"
     )
+    if rows == lines + 1:
+        first = next(read_pairs(original_csv))
+        text += f". If the first row, {first}, is a header, call its columns path and caption"
+    return text
