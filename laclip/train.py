@@ -237,9 +237,10 @@ def run(
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         numbers = [len(dataset.variants) for dataset in datasets]
         captions = " to ".join(map(str, sorted({min(numbers), max(numbers)})))
+        captions = f"with {captions} captions each" if max(numbers) > 1 else "without rewrites"
         say(
-            f"laclip: {parameters / 1e6:.1f} M parameters, {loader.num_samples:,} samples with "
-            f"{captions} captions each, {total_steps} steps of {batch_size} on "
+            f"laclip: {parameters / 1e6:.1f} M parameters, {loader.num_samples:,} samples "
+            f"{captions}, {total_steps} steps of {batch_size} on "
             f"{ranks.world_size} {ranks.device.type.upper()} rank(s), ZeRO-{stage}, "
             f"{config.train.precision}" + (f"; going on at step {step}" if found else "")
         )

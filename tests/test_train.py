@@ -279,7 +279,9 @@ def test_evaluation_of_two_ranks_equals_that_of_one(tmp_path):
     scores = {}
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
-        run(arguments(folder, "train.steps=2", tasks), ranks=ranks)
+        data = "data.train=['examples/emoji/unseen_vendor']"
+        _, output = run(arguments(folder, data, "train.steps=2", tasks), ranks=ranks)
+        assert "400 samples without rewrites" in output
         scores[ranks] = json.loads((folder / "scores.json").read_text())
     assert scores[1]["v"].keys() >= {"top1", "top5", "chance", "n"}
     assert scores[1]["p"].keys() >= {"recall_at_1", "recall_at_5", "chance", "n"}
