@@ -183,12 +183,13 @@ class Progress:
         self._width = 0
 
     def show(self, step: int, record: dict[str, Any]) -> None:
-        """step: steps done."""
+        """step: steps done. A line with scores of held-out data is always shown, and stays."""
         seconds = self.batch_size / record["images_per_second"]
         old = self._seconds_a_step
         self._seconds_a_step = seconds if old is None else 0.95 * old + 0.05 * seconds
-        now = time.monotonic()
-        if step < self.total_steps and now - self._last < (0.2 if self._terminal else 10):
+        now, scores = time.monotonic(), record.get("scores", {})
+        waits = now - self._last < (0.2 if self._terminal else 10)
+        if step < self.total_steps and waits and not scores:
             return
         self._last = now
         left = (self.total_steps - step) * self._seconds_a_step
@@ -199,12 +200,14 @@ class Progress:
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
             f"{self.batch_size / self._seconds_a_step:,.0f} images/s  "
             f"{share}data wait {100 * record['data_wait']:.1f} %  left {duration(left)}"
-        )
+        ) + "".join(f"  {name} {100 * score:.1f} %" for name, score in scores.items())
         if self._terminal:
             say("\r" + line.ljust(self._width), end="")
             self._width = len(line)
         else:
             say(line)
+        if scores:
+            self.end_line()
 
     def end_line(self) -> None:
         """Leave the line as it stands, so that other text may follow."""

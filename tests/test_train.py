@@ -143,8 +143,13 @@ def test_slurms_processes_train_and_a_signal_to_one_stops_all(stopped):
     assert f"--resume {folder}" in output
 
 
-def test_the_report_of_an_unfinished_run_shows_its_scores_on_the_way(stopped):
-    assert "<!-- Held-out score: v -->" in render_report(stopped[0])
+def test_scores_on_the_way_are_shown_at_once_and_in_an_unfinished_runs_report(stopped):
+    folder, _, output = stopped
+    for record in metrics(folder):
+        if "scores" in record:
+            shown = rf"step {record['step'] + 1}/.*  v {100 * record['scores']['v']:.1f} %\n"
+            assert re.search(shown, output)
+    assert "<!-- Held-out score: v -->" in render_report(folder)
 
 
 def test_weights_of_an_unfinished_run_are_its_checkpoints(stopped, tmp_path, capsys):
