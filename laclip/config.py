@@ -35,7 +35,7 @@ class DataConfig:
     flip: bool = False
     interpolation: str = "cubic"  # cubic | linear; both antialiased
     exif_rotation: bool = False  # turn images as their EXIF data says (PIL and open_clip do not)
-    normalize: str = "openai"  # openai | imagenet: mean and standard deviation
+    normalize: str = "openai"  # openai | imagenet | inception: mean and standard deviation
     window_shards: int = 16  # samples are shuffled inside windows of this many shards
     reader_threads: int = 2
     decode_threads: int = 2
@@ -204,7 +204,7 @@ class Config:
 _CHOICES = {
     "data.captions": ("uniform", "weights", "original", "multi"),
     "data.interpolation": ("cubic", "linear"),
-    "data.normalize": ("openai", "imagenet"),
+    "data.normalize": ("openai", "imagenet", "inception"),
     "model.attention": ("sdpa", "flash_attn", "xformers"),
     "model.activation_checkpointing": ("none", "activations", "blocks"),
     "model.vision.activation": ("gelu", "quick_gelu"),

@@ -19,13 +19,15 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from laclip import _native
 
-# Mean and standard deviation of the channels, in [0, 1]: of OpenAI's CLIP, and of ImageNet.
+# Mean and standard deviation of the channels, in [0, 1]: of OpenAI's CLIP, of ImageNet, and what
+# SigLIP and the ViTs of ImageNet-21k take.
 NORMALIZATION = {
     "openai": (
         (0.48145466, 0.4578275, 0.40821073),
         (0.26862954, 0.26130258, 0.27577711),
     ),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 _INTERPOLATION = {"cubic": types.DALIInterpType.INTERP_CUBIC, "linear": types.INTERP_LINEAR}
 

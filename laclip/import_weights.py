@@ -6,12 +6,14 @@ laclip import FILE OUT.pt
 import argparse
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from laclip.checkpoint import save_weights
-from laclip.config import PRESETS, TextConfig, VisionConfig
+from laclip.config import PRESETS, DataConfig, TextConfig, VisionConfig
 from laclip.convert import State, detect_format, read_checkpoint, to_laclip
+from laclip.images import NORMALIZATION
 
 Settings = dict[str, dict[str, Any]]
 TOWERS: dict[str, Any] = {"vision": VisionConfig, "text": TextConfig}
@@ -19,6 +21,19 @@ UNTOLD = """\
 # Weights alone do not tell the activation: OpenAI's, and open_clip's models named -quickgelu, need
 # activation = "quick_gelu" in [model.vision] and [model.text]. Nor do they tell an image tower that
 # averages its tokens: laclip's reads the class token."""
+UNTOLD_IMAGES = """
+# Nothing here tells the images' mean and deviation: OpenAI's are assumed. Others need
+# normalize = "imagenet" or "inception" (0.5) in [data]."""
+RESAMPLING = {"bicubic": "cubic", 3: "cubic", "bilinear": "linear", 2: "linear"}  # as Pillow counts
+
+
+class Images(NamedTuple):
+    """How a model's images are made: mean and deviation in [0, 1], and how they are resized."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    resampling: str | int
+    unlike: str = ""  # what laclip does otherwise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.tower:
         kept = f"{args.tower}."
         converted = {name: tensor for name, tensor in converted.items() if name.startswith(kept)}
-    told = read_settings(args.file if args.file.is_dir() else args.file.parent, kind)
+    folder = args.file if args.file.is_dir() else args.file.parent
+    told, images = read_settings(folder, kind), data_section(folder, kind)
     section = model_section(converted, told)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(converted, args.out)
@@ -49,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     print(f'[model]\nweights = "{args.out}"\n{section}')
     if not told and "image.norm_pre.weight" in converted:
         print(UNTOLD)
+    if args.tower != "text" and images != "":
+        print(UNTOLD_IMAGES if images is None else images)
     return 0
 
 
@@ -62,7 +80,10 @@ def read_settings(folder: Path, kind: str) -> Settings:
     file = folder / ("config.json" if kind == "hugging_face" else "open_clip_config.json")
     if not file.is_file():
         return {}
-    read = _hugging_faces if kind == "hugging_face" else _open_clips
+    return _read(file, kind, _hugging_faces if kind == "hugging_face" else _open_clips)
+
+
+def _read(file: Path, kind: str, read: Callable[[Path, dict[str, Any]], Any]) -> Any:
     try:
         return read(file, json.loads(file.read_text()))
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -116,6 +137,72 @@ def _known(file: Path, key: str, found: dict[str, Any], values: tuple[Any, ...])
             "laclip's towers compute nothing else"
         )
     return value
+
+
+def data_section(folder: Path, kind: str) -> str | None:
+    """Lines that make a run's images those of the model, from the configuration beside the weights.
+
+    "" where the defaults do, None where no file tells. What laclip has not stands in comments.
+    """
+    files = IMAGE_FILES.get(kind, {})
+    file = next((folder / name for name in files if (folder / name).is_file()), None)
+    if kind == "laclip_release":
+        found = Images(*NORMALIZATION["imagenet"], "bilinear")
+    elif file is None:
+        return None
+    else:
+        found = _read(file, kind, files[file.name])
+    lines = []
+    for normalize, (mean, std) in NORMALIZATION.items():
+        pairs = zip((*found.mean, *found.std), (*mean, *std))
+        if all(math.isclose(theirs, ours, abs_tol=1e-4) for theirs, ours in pairs):
+            lines += [f'normalize = "{normalize}"'] if normalize != DataConfig.normalize else []
+            break
+    else:
+        lines.append(
+            f"# mean {list(found.mean)}, deviation {list(found.std)}: normalize has "
+            f"{', '.join(NORMALIZATION)} alone, so that features will differ"
+        )
+    interpolation = RESAMPLING.get(found.resampling)
+    if interpolation is None:
+        lines.append(f"# interpolation {found.resampling!r}: laclip has cubic and linear alone")
+    elif interpolation != DataConfig.interpolation:
+        lines.append(f'interpolation = "{interpolation}"')
+    if found.unlike:
+        lines.append(
+            f"# {found.unlike}: laclip resizes the shorter side to the model's size, cuts the "
+            "centre and normalizes, so that scores may differ"
+        )
+    return "\n".join(["\n[data]", *lines]) if lines else ""
+
+
+def _open_clips_images(_file: Path, content: dict[str, Any]) -> Images:
+    found, (mean, std) = content.get("preprocess_cfg") or {}, NORMALIZATION["openai"]
+    mode = found.get("resize_mode", "shortest")
+    unlike = "" if mode == "shortest" else f"resize_mode {mode!r}"
+    resampling = found.get("interpolation", "bicubic")
+    return Images(found.get("mean", mean), found.get("std", std), resampling, unlike)
+
+
+def _hugging_faces_images(_file: Path, content: dict[str, Any]) -> Images:
+    found, (mean, std) = content.get("image_processor", content), NORMALIZATION["openai"]
+    size, crop = found.get("size"), found.get("crop_size")
+    side = size.get("shortest_edge") if isinstance(size, dict) else size
+    cut = crop.get("height") if isinstance(crop, dict) else crop
+    told = [f"size {size}, crop_size {crop}"] if side != cut else []
+    steps = (f"do_{step}" for step in ("resize", "center_crop", "rescale", "normalize"))
+    told += [f"{step} false" for step in steps if not found.get(step, True)]
+    mean, std = found.get("image_mean", mean), found.get("image_std", std)
+    return Images(mean, std, found.get("resample", 3), ", ".join(told))
+
+
+IMAGE_FILES: dict[str, dict[str, Callable[[Path, dict[str, Any]], Images]]] = {
+    "open_clip": {"open_clip_config.json": _open_clips_images},
+    "hugging_face": {
+        "preprocessor_config.json": _hugging_faces_images,
+        "processor_config.json": _hugging_faces_images,
+    },
+}
 
 
 def model_section(state: State, told: Settings) -> str:

@@ -36,16 +36,17 @@ TOLD = [  # by a configuration, not by weights
     *("model.vision.activation=quick_gelu", "model.text.activation=quick_gelu"),
     *("model.vision.heads=2", "model.text.heads=4", "model.text.layer_norm_eps=1e-6"),
 ]
+LINEAR = ["data.normalize=inception", "data.interpolation=linear"]
 
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
         ("open_clip", []),
-        ("open_clip", [*TOLD, "model.text.pool=last", "train.loss=siglip"]),
+        ("open_clip", [*TOLD, "model.text.pool=last", "train.loss=siglip", *LINEAR]),
         ("open_clip", LACLIPS_FAMILY),
-        ("laclip_release", LACLIPS_FAMILY),
-        ("hugging_face", TOLD),
+        ("laclip_release", [*LACLIPS_FAMILY, "data.normalize=imagenet", LINEAR[1]]),
+        ("hugging_face", [*TOLD, *LINEAR]),
     ],
 )
 def test_an_exported_model_comes_back_bit_for_bit(kind, settings, tmp_path, capsys):
@@ -63,7 +64,7 @@ def test_an_exported_model_comes_back_bit_for_bit(kind, settings, tmp_path, caps
     (tmp_path / "back.toml").write_text(section)
     found = load_config(tmp_path / "back.toml")
     expected = load_config(tmp_path / "run" / "config.toml")
-    assert found.train == expected.train
+    assert found.train == expected.train and found.data == expected.data
     expected = expected.model
     if kind == "open_clip" and settings == LACLIPS_FAMILY:  # which open_clip has no settings for
         expected = dataclasses.replace(
@@ -86,6 +87,50 @@ def test_an_import_names_the_preset_and_what_weights_do_not_tell(tmp_path, capsy
         "embed_dim = 512\n\n[model.vision]\npatch_size = 32\n# Weights" in out
         and "\n[model.text]" not in out
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "lines"),
+    [
+        (
+            "open_clip_config.json",
+            {"std": [1, 1, 1], "interpolation": "random", "resize_mode": "squash"},
+            [
+                "# mean [0.48145466, 0.4578275, 0.40821073], deviation [1, 1, 1]: normalize has",
+                "# interpolation 'random': laclip has cubic and linear alone",
+                "# resize_mode 'squash': laclip resizes the shorter side to the model's size",
+            ],
+        ),
+        (  # as transformers 5 writes it
+            "processor_config.json",
+            {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "size": 36},
+            ['normalize = "imagenet"', "# size 36, crop_size {'height': 32, 'width': 32}: laclip"],
+        ),
+    ],
+)
+def test_an_import_tells_which_images_the_model_takes(file, change, lines, tmp_path, capsys):
+    finished_run(tmp_path / "run")
+    out = tmp_path / "theirs"
+    kind = "open_clip" if "open_clip" in file else "hugging_face"
+    assert main(["export", str(tmp_path / "run"), str(out), "--format", kind]) == 0
+    images = out / "preprocessor_config.json"
+    words = ["import", str(out), str(tmp_path / "w.pt")]
+    if kind == "hugging_face":
+        (out / file).write_text(json.dumps({"image_processor": json.loads(images.read_text())}))
+        images.unlink()
+    content = json.loads((out / file).read_text())
+    content["preprocess_cfg" if kind == "open_clip" else "image_processor"] |= change
+    (out / file).write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(words) == 0
+    found = capsys.readouterr().out.partition("\n[data]\n")[2].splitlines()
+    assert len(found) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(found, lines)), found
+    (out / file).unlink()
+    assert main(words) == 0
+    assert "# Nothing here tells the images' mean and deviation" in capsys.readouterr().out
+    assert main([*words, "--tower", "text"]) == 0
+    assert "deviation" not in capsys.readouterr().out
 
 
 def test_a_model_that_reads_other_tokens_is_refused(tmp_path, capsys):
