@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from laclip.checkpoint import newest_step
 from laclip.config import Config, differences, load_config
 from laclip.metrics import say
 from laclip.parallel import JointError, Ranks, from_first, raise_on_all
@@ -52,12 +53,25 @@ def _require_alike(own: dict[str, Any]) -> None:
     raise_on_all(ValueError("; ".join(changed)) if changed else None, "comparing configurations")
 
 
+def goes_on(folder: Path, resume: bool) -> bool:
+    """Whether a start in the folder goes on from a checkpoint in it."""
+    try:
+        return _keeps(folder, resume) and newest_step(folder / "checkpoints") is not None
+    except OSError:  # claim_folder tells
+        return False
+
+
+def _keeps(folder: Path, resume: bool) -> bool:
+    """Whether a run in the folder stays there: a finished one is moved away unless it is named."""
+    return resume or _read_status(folder).get("state") != "finished"
+
+
 def open_folder(folder: Path, config: Config, resume: bool) -> Any:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.folder: '{folder}' is a file, expected a folder or nothing")
     status = _read_status(folder)
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if status.get("state") == "finished" and not resume:
+    if not _keeps(folder, resume):
         _take_lock(folder).close()  # held while a job still writes its report
         number = 1
         while folder.with_name(f"{folder.name}.{number}").exists():

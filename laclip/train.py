@@ -60,10 +60,11 @@ from laclip.parallel import (
     from_first,
     gather_objects,
     meet,
+    raise_on_all,
     start_sum,
 )
 from laclip.report import score_table, write_report
-from laclip.run_folder import claim_folder, write_status
+from laclip.run_folder import claim_folder, goes_on, write_status
 from laclip.stop_requests import STOPS, catch_signals, stops
 from laclip.tokenizer import Tokenizer, load_tokenizer
 from laclip.train_step import LossScale, train_step
@@ -145,15 +146,18 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     model = build_model(
         config.model, tokenizer.vocab_size, tokenizer.eot_token, config.train.loss == "siglip"
     )
-    weights = config.model.weights
-    fresh = load_weights(model, weights) if weights else []
+    weights, folder = config.model.weights, Path(config.run.folder)
+    # A checkpoint holds all weights: a run that goes on needs their first file no more.
+    begun = goes_on(folder, resume)
+    fresh = load_weights(model, weights) if weights and not begun else []
     connect(config, ranks)
     catch_signals()
-    folder = Path(config.run.folder)
     fingerprints = {path: d.fingerprint for path, d in zip(config.data.train, datasets)}
     read = {"deepspeed_config": settings, "fingerprint": fingerprints}
     _lock = claim_folder(folder, config, read, ranks, resume)
-    if ranks.is_first and fresh and newest_step(folder / "checkpoints") is None:
+    lost = ValueError("its checkpoints are gone since. Start again")
+    raise_on_all(lost if begun and not goes_on(folder, resume) else None, f"going on in '{folder}'")
+    if ranks.is_first and fresh:
         say(f"laclip: '{weights}' holds nothing of {', '.join(fresh)}: fresh weights there")
 
     def give_up(reason: str, report: bool) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from laclip.config import load_config
-from laclip.run_folder import open_folder, write_status
+from laclip.run_folder import goes_on, open_folder, write_status
 from laclip.train import parse_arguments, read_config
 from laclip.typed_toml import dump
 
@@ -80,6 +80,17 @@ def test_the_configuration_is_on_the_disk_before_it_takes_the_old_ones_place(fol
     open_folder(folder, FIRST, False).close()
     assert synced == [(dump(FIRST), False), ("its folder", True)]
     assert stored.read_text() == dump(FIRST)
+
+
+def test_a_start_goes_on_where_a_checkpoint_stays(folder):
+    assert not goes_on(folder, False)
+    open_folder(folder, FIRST, False).close()
+    assert not goes_on(folder, False)
+    (folder / "checkpoints" / "step_00000004").mkdir(parents=True)
+    assert goes_on(folder, False)
+    write_status(folder, "finished", 8)  # kept under another name, unless it is named
+    assert goes_on(folder, True) and not goes_on(folder, False)
+    assert not goes_on(folder / "config.toml", False)  # a file, which open_folder refuses
 
 
 def test_files_of_another_kind_are_left_alone(folder):
