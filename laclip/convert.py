@@ -5,6 +5,8 @@ open_clip       the models of its own vision transformer (the paper's LAION-400M
 laclip_release  the checkpoints of LaCLIP's release (CC3M, CC12M, RedCaps)
 hugging_face    CLIPModel, for the open_clip family: it has no qk-norm, no bias of the patch
                 convolution, and needs the norm before the first block
+timm            to this one's alone: a vision transformer, without its classifier's head, as the
+                image tower without its projection
 """
 
 import argparse
@@ -111,23 +113,32 @@ _OPENAI_VISION = [
 
 def _timm_vision(trunk: str) -> list[Rule]:
     return [
-        Rule("image.patch_embedding.weight", f"{trunk}.patch_embed.proj.weight", "patch"),
-        Rule("image.patch_embedding.bias", f"{trunk}.patch_embed.proj.bias"),
-        Rule("image.class_embedding", f"{trunk}.cls_token", "leads"),
-        Rule("image.positional_embedding", f"{trunk}.pos_embed", "lead"),
-        *_blocks("image", f"{trunk}.blocks", _TIMM_BLOCK),
-        *_both("image.norm", f"{trunk}.norm"),
+        Rule("image.patch_embedding.weight", f"{trunk}patch_embed.proj.weight", "patch"),
+        Rule("image.patch_embedding.bias", f"{trunk}patch_embed.proj.bias"),
+        Rule("image.class_embedding", f"{trunk}cls_token", "leads"),
+        Rule("image.positional_embedding", f"{trunk}pos_embed", "lead"),
+        *_blocks("image", f"{trunk}blocks", _TIMM_BLOCK),
+        *_both("image.norm", f"{trunk}norm"),
     ]
 
 
 _TIMM_IN_OPEN_CLIP = [
-    *_timm_vision("visual.trunk"),
+    *_timm_vision("visual.trunk."),
     Rule("image.projection.weight", "visual.head.proj.weight"),
 ]
 _RELEASE_VISION = [
-    *_timm_vision("visual"),
+    *_timm_vision("visual."),
     Rule("image.projection.weight", "image_projection", "transpose"),
 ]
+_TIMM = [*_timm_vision(""), *_both("image.norm_pre", "norm_pre")]
+# What ViTs of timm have that the image tower has not, by the names of their tensors.
+_TIMM_ELSE = {
+    "LayerScale": r"blocks\.\d+\.(ls[12]\.gamma|gamma_[12])",
+    "register tokens": r"reg_token",
+    "average pooling": r"fc_norm\..*",
+    "attention pooling": r"attn_pool\..*",
+    "a distillation token": r"dist_token",
+}
 _VISION, _TEXT = "vision_model", "text_model"
 _HUGGING_FACE = [
     Rule("logit_scale", "logit_scale", "scalar"),
@@ -144,8 +155,8 @@ _HUGGING_FACE = [
     *_both("text.norm", f"{_TEXT}.final_layer_norm"),
     Rule("text.projection.weight", "text_projection.weight"),
 ]
-# Buffers that older versions of the projects stored.
-_IGNORED = re.compile(r"(.*\.)?(attn_mask|position_ids)")
+# Buffers that older versions of the projects stored, and a classifier's head.
+_IGNORED = re.compile(r"(.*\.)?(attn_mask|position_ids)|head\.(weight|bias)")
 
 
 def detect_format(state: Mapping[str, Tensor]) -> str:
@@ -157,9 +168,11 @@ def detect_format(state: Mapping[str, Tensor]) -> str:
         return "laclip_release"
     if "visual_projection.weight" in state and "text_model.final_layer_norm.weight" in state:
         return "hugging_face"
+    if "patch_embed.proj.weight" in state:
+        return "timm"
     raise ValueError(
         f"state dict: found keys such as {', '.join(sorted(state)[:4])}, expected those of "
-        f"{', '.join(FORMATS)}"
+        f"{', '.join(FORMATS)}, or of a ViT of timm"
     )
 
 
@@ -177,6 +190,8 @@ def to_laclip(state: Mapping[str, Tensor]) -> State:
     known = {name: tensor for name, tensor in state.items() if not _IGNORED.fullmatch(name)}
     if kind == "hugging_face":
         known = _join_qkv(known)
+    if kind == "timm":
+        _check_timm(known)
     timm = "visual.trunk.cls_token" in state
     rules = [rule._replace(ours=rule.theirs, theirs=rule.ours) for rule in _rules(kind, timm)]
     return _rename(known, rules, _TO_OURS, kind)
@@ -205,7 +220,33 @@ def from_laclip(state: Mapping[str, Tensor], kind: str) -> State:
     return _split_qkv(converted) if kind == "hugging_face" else converted
 
 
+def _check_timm(state: State) -> None:
+    """Raises ValueError for a ViT that the image tower cannot be."""
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in state.items()}
+    patch, places = shapes["patch_embed.proj.weight"], shapes.get("pos_embed", (1, 0, 1))[1]
+    mlp_in, mlp_out = (shapes.get(f"blocks.0.mlp.fc{i}.weight", (i,)) for i in (1, 2))
+    needed = {
+        "square patches of three channels": patch[1:] == (3, patch[-1], patch[-1]),
+        "a class token": "cls_token" in shapes,
+        "positions of a class token and a square image": math.isqrt(max(0, places - 1)) ** 2
+        == places - 1,
+        "biases of qkv": "blocks.0.attn.qkv.bias" in shapes,
+        "a plain MLP": mlp_in == mlp_out[::-1],
+        "a final norm": "norm.weight" in shapes,
+    }
+    found = [f"lacks {what}" for what, there in needed.items() if not there]
+    for what, name in _TIMM_ELSE.items():
+        found += [f"has {what}"] if any(re.fullmatch(name, key) for key in shapes) else []
+    if found:
+        raise ValueError(
+            f"timm: this model {', '.join(found)}: laclip's image tower is a plain ViT that reads "
+            "its class token, as AugReg's, DeiT and DINO are"
+        )
+
+
 def _rules(kind: str, timm: bool) -> list[Rule]:
+    if kind == "timm":
+        return _TIMM
     if kind == "hugging_face":
         return _HUGGING_FACE
     if kind == "laclip_release":

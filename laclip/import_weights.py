@@ -1,4 +1,4 @@
-"""Weights of open_clip, Hugging Face or LaCLIP's release, for `model.weights`.
+"""Weights of open_clip, Hugging Face, LaCLIP's release or a ViT of timm, for `model.weights`.
 
 laclip import FILE OUT.pt
 """
@@ -21,6 +21,9 @@ UNTOLD = """\
 # Weights alone do not tell the activation: OpenAI's, and open_clip's models named -quickgelu, need
 # activation = "quick_gelu" in [model.vision] and [model.text]. Nor do they tell an image tower that
 # averages its tokens: laclip's reads the class token."""
+NO_PROJECTION = """\
+# embed_dim is yours to choose: the projection to it begins anew, and is trained, with
+# lock_image = true (LiT) too."""
 UNTOLD_IMAGES = """
 # Nothing here tells the images' mean and deviation: OpenAI's are assumed. Others need
 # normalize = "imagenet" or "inception" (0.5) in [data]."""
@@ -40,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         type=Path,
-        help="a .safetensors file, one of torch.save, or a folder as Hugging Face or open_clip "
-        "write it, whose configuration is then read too",
+        help="a .safetensors file, one of torch.save, or a folder as Hugging Face, open_clip or "
+        "timm write it, whose configuration is then read too",
     )
     parser.add_argument("out", type=Path, help="where to write; set model.weights to it")
     parser.add_argument(
@@ -55,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
     if args.tower:
         kept = f"{args.tower}."
         converted = {name: tensor for name, tensor in converted.items() if name.startswith(kept)}
+    if not converted:
+        raise ValueError(
+            f"--tower {args.tower}: '{args.file}' of {kind} holds no {args.tower} tower"
+        )
     folder = args.file if args.file.is_dir() else args.file.parent
     told, images = read_settings(folder, kind), data_section(folder, kind)
     section = model_section(converted, told)
@@ -77,10 +84,9 @@ def read_settings(folder: Path, kind: str) -> Settings:
     """
     if kind == "laclip_release":
         return {"text": {"activation": "quick_gelu"}}
-    file = folder / ("config.json" if kind == "hugging_face" else "open_clip_config.json")
-    if not file.is_file():
-        return {}
-    return _read(file, kind, _hugging_faces if kind == "hugging_face" else _open_clips)
+    file = folder / ("open_clip_config.json" if kind == "open_clip" else "config.json")
+    read = {"open_clip": _open_clips, "hugging_face": _hugging_faces, "timm": _timms}[kind]
+    return _read(file, kind, read) if file.is_file() else {}
 
 
 def _read(file: Path, kind: str, read: Callable[[Path, dict[str, Any]], Any]) -> Any:
@@ -126,6 +132,14 @@ def _open_clips(file: Path, content: dict[str, Any]) -> Settings:
             "layer_norm_eps": (found.get("norm_kwargs") or {}).get("eps", 1e-5),
         }
     return told
+
+
+def _timms(file: Path, content: dict[str, Any]) -> Settings:
+    _known(file, "global_pool", content, ("token", ""))
+    given = content.get("model_args") or {}
+    told = {"heads": given["num_heads"]} if "num_heads" in given else {}
+    quick = "quickgelu" in content["architecture"]
+    return {"vision": {"activation": "quick_gelu" if quick else "gelu"} | told}
 
 
 def _known(file: Path, key: str, found: dict[str, Any], values: tuple[Any, ...]) -> Any:
@@ -196,12 +210,20 @@ def _hugging_faces_images(_file: Path, content: dict[str, Any]) -> Images:
     return Images(mean, std, found.get("resample", 3), ", ".join(told))
 
 
+def _timms_images(_file: Path, content: dict[str, Any]) -> Images:
+    found = content["pretrained_cfg"]
+    share, mode = found.get("crop_pct", 0.875), found.get("crop_mode", "center")
+    unlike = "" if (share, mode) == (1.0, "center") else f"crop_pct {share}, crop_mode {mode!r}"
+    return Images(found["mean"], found["std"], found.get("interpolation", "bicubic"), unlike)
+
+
 IMAGE_FILES: dict[str, dict[str, Callable[[Path, dict[str, Any]], Images]]] = {
     "open_clip": {"open_clip_config.json": _open_clips_images},
     "hugging_face": {
         "preprocessor_config.json": _hugging_faces_images,
         "processor_config.json": _hugging_faces_images,
     },
+    "timm": {"config.json": _timms_images},
 }
 
 
@@ -223,12 +245,15 @@ def model_section(state: State, told: Settings) -> str:
     if "text.norm.weight" in state:
         length = len(state["text.positional_embedding"])
         towers["text"] = _sizes(state, "text") | {"context_length": length}
-    embed_dim = next(len(state[name]) for name in state if name.endswith(".projection.weight"))
-    preset = _find_preset(embed_dim, towers)
-    lines = [f'preset = "{preset}"' if preset else f"embed_dim = {embed_dim}"]
+    projections = [len(state[name]) for name in state if name.endswith(".projection.weight")]
+    preset = _find_preset(projections[0], towers) if projections else ""
+    if projections:
+        lines = [f'preset = "{preset}"' if preset else f"embed_dim = {projections[0]}"]
+    else:
+        lines = [NO_PROJECTION]
     for name, sizes in towers.items():
         default = TOWERS[name](**PRESETS[preset][name] if preset else {})
-        heads = {} if preset else {"heads": max(1, sizes["width"] // 64)}
+        heads = {} if preset else {"heads": _heads(state, name, sizes["width"])}
         changed = [
             f"{key} = {json.dumps(value)}"
             for key, value in (sizes | heads | told.get(name, {})).items()
@@ -239,6 +264,14 @@ def model_section(state: State, told: Settings) -> str:
     if "logit_bias" in state:
         lines += ["\n[train]", 'loss = "siglip"']
     return "\n".join(lines)
+
+
+def _heads(state: State, tower: str, width: int) -> int:
+    """As many as the known models of this width have."""
+    if tower == "vision" and width >= 1280:  # ViT-H, -g and -G
+        return 16
+    norm = state.get("image.blocks.0.q_norm.weight") if tower == "vision" else None
+    return max(1, width // (64 if norm is None else len(norm)))
 
 
 def _find_preset(embed_dim: int, towers: Settings) -> str:

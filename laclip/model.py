@@ -8,7 +8,6 @@ exact because later tokens touch nothing that is read. The last block computes o
 import importlib.util
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from laclip.attention import Layout, attend, group_captions, join_captions
 from laclip.captions import PackedCaptions, pack
-from laclip.convert import read_checkpoint
 
 if TYPE_CHECKING:
     from laclip.config import ModelConfig, TextConfig, VisionConfig
@@ -379,9 +377,19 @@ def build_model(
     if siglip:
         model.logit_bias = nn.Parameter(torch.full([1], -10.0))
     set_recomputation(model, config.activation_checkpointing)
-    for tower, locked in ((image, config.lock_image), (text, config.lock_text)):
-        tower.requires_grad_(not locked)
+    lock_towers(model, config)
     return model
+
+
+def lock_towers(model: CLIP, config: "ModelConfig", fresh: Iterable[str] = ()) -> None:
+    """Sets which parameters train; fresh: what load_weights found nothing of.
+
+    A projection that begins anew is trained even where its tower is locked.
+    """
+    for name, locked in (("image", config.lock_image), ("text", config.lock_text)):
+        tower = getattr(model, name)
+        tower.requires_grad_(not locked)
+        tower.projection.requires_grad_(not locked or f"{name}.projection" in fresh)
 
 
 def set_recomputation(model: CLIP, how: str) -> None:
@@ -449,51 +457,3 @@ def compile_blocks(model: CLIP) -> None:
         for block in tower.blocks:
             block.before = torch.compile(block.before)
             block.after = torch.compile(block.after)
-
-
-def load_weights(model: CLIP, path: str | Path) -> list[str]:
-    """Loads a state dict of this model, written by torch.save, plain or under "state_dict".
-
-    A part of the model (image, text, logit_scale, logit_bias) of which the file holds nothing stays
-    as it is; returns the names of these. A file without any tower is refused.
-    Raises FileNotFoundError, and ValueError that names missing, extra and misshapen entries.
-    """
-    found = read_checkpoint(path, "model.weights")
-    held = {name.partition(".")[0] for name in found}
-    parts = {name.partition(".")[0] for name in model.state_dict()}
-    left = parts - held if held <= parts and held & {"image", "text"} else set()
-    kept = {n: t for n, t in model.state_dict().items() if n.partition(".")[0] in left}
-    load_state(model, kept | found, str(path))
-    return sorted(left)
-
-
-def load_state(model: CLIP, found: dict[str, Tensor], source: str) -> None:
-    """Loads a state dict of this model; source: where it is from, for the ValueError's words."""
-    expected = model.state_dict()
-    problems = [
-        *_listing("missing", expected.keys() - found.keys()),
-        *_listing("not in this model", found.keys() - expected.keys()),
-        *_listing(
-            "of another shape",
-            (
-                f"{name} {list(found[name].shape)}, expected {list(expected[name].shape)}"
-                for name in expected.keys() & found.keys()
-                if found[name].shape != expected[name].shape
-            ),
-        ),
-    ]
-    if problems:
-        raise ValueError(
-            f"model.weights: {source} does not hold this model's weights: {'; '.join(problems)}. "
-            "Set the model's section to the file's architecture; weights of open_clip, "
-            "Hugging Face or LaCLIP's release go through: laclip import"
-        )
-    model.load_state_dict(found)
-
-
-def _listing(what: str, names: Iterable[str]) -> list[str]:
-    names = sorted(names)
-    if not names:
-        return []
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"{what}: {', '.join(names[:5])}{more}"]

@@ -50,7 +50,8 @@ from laclip.metrics import (
     variant_names,
     variant_shares,
 )
-from laclip.model import CLIP, build_model, load_weights
+from laclip.model import CLIP, build_model, lock_towers
+from laclip.model_weights import load_weights
 from laclip.optimizer import Schedule, schedule_of
 from laclip.parallel import (
     FAREWELL,
@@ -170,7 +171,9 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     seconds, orphaned = 60 * config.run.timeout_minutes, lambda: stops.add(STOPS[-1])
     with Watchdog(ranks, seconds, give_up, orphaned) as watchdog:
         try:
-            stopped = run(config, settings, ranks, model, tokenizer, datasets, schedule, watchdog)
+            stopped = run(
+                config, settings, ranks, model, fresh, tokenizer, datasets, schedule, watchdog
+            )
         except Exception as error:
             if ranks.is_first:
                 step = newest_step(folder / "checkpoints")
@@ -189,17 +192,21 @@ def run(
     settings: dict[str, Any],
     ranks: Ranks,
     model: CLIP,
+    fresh: list[str],
     tokenizer: Tokenizer,
     datasets: list[Dataset],
     schedule: Schedule,
     watchdog: Watchdog,
 ) -> str:
-    """Train to the end ("" is returned) or until a stop is asked for (its reason)."""
+    """Train to the end ("" is returned) or until a stop is asked for (its reason).
+
+    fresh: the parts of the model that its first weights left to begin anew.
+    """
     folder = Path(config.run.folder)
     checkpoints = folder / "checkpoints"
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     found = newest_checkpoint(checkpoints, ranks)
-    state: dict[str, Any] = found[1] if found else {"step": 0, "bad_samples": []}
+    state: dict[str, Any] = found[1] if found else {"step": 0, "bad_samples": [], "fresh": fresh}
     fingerprints = [dataset.fingerprint for dataset in datasets]
     if found and state["datasets"] != fingerprints:
         raise JointError(
@@ -207,6 +214,8 @@ def run(
             f"{state['datasets']}, {list(config.data.train)} have {fingerprints}. Restore the "
             "datasets, or start a new run with --set run.folder=..."
         )
+    fresh = state.get("fresh", [])
+    lock_towers(model, config.model, fresh)
     if found:
         with fit_checkpoint(*found, stage, ranks) as source:
             settings["checkpoint"] = {"load_universal": source != found[0]}
@@ -342,6 +351,7 @@ def run(
             require_finite(engine, step)
             bad = {sample for part in gather_objects(loader.bad_samples) for sample in part}
             content = {"step": step, "datasets": fingerprints, "bad_samples": sorted(bad)}
+            content["fresh"] = fresh
             content["loss_scale"] = loss_scale.value, loss_scale.good_steps
             saved_at = time.monotonic()
             try:

@@ -166,6 +166,45 @@ def weights_of_laclips_family():
     return {name: t for name, t in weights("vit_l_14").items() if "norm_pre" not in name}
 
 
+def timm_vit():
+    """A ViT as timm names it, and the image tower that it is."""
+    image = {
+        name: tensor
+        for name, tensor in weights("vit_l_14").items()
+        if name.startswith("image.") and "projection" not in name
+    }
+    rules = convert._rules("timm", True)
+    return convert._rename(image, rules, convert._TO_THEIRS, "laclip"), image
+
+
+def test_a_vit_of_timm_becomes_the_image_tower_but_for_its_head():
+    theirs, image = timm_vit()
+    assert convert.detect_format(theirs) == "timm"
+    assert same(convert.to_laclip(theirs | {"head.weight": torch.zeros(10, 24)}), image)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"blocks.0.ls1.gamma": [24]}, "has LayerScale"),
+        ({"reg_token": [1, 4, 24]}, "has register tokens"),
+        ({"fc_norm.weight": [24], "norm.weight": None}, "lacks a final norm, has average pooling"),
+        ({"cls_token": None}, "lacks a class token"),
+        ({"pos_embed": [1, 9, 24]}, "lacks positions of a class token and a square image"),
+        ({"blocks.0.attn.qkv.bias": None}, "lacks biases of qkv"),
+        ({"blocks.0.mlp.fc2.weight": [24, 48]}, "lacks a plain MLP"),  # SwiGLU halves it
+        ({"patch_embed.proj.weight": [24, 1, 14, 14]}, "lacks square patches of three channels"),
+        ({"rel_pos.weight": [4]}, "keys of this timm model have no counterpart"),
+    ],
+)
+def test_a_vit_that_the_image_tower_cannot_be_is_refused_by_name(change, reason):
+    theirs, _ = timm_vit()
+    theirs |= {name: torch.zeros(shape) for name, shape in change.items() if shape}
+    theirs = {name: tensor for name, tensor in theirs.items() if change.get(name, True)}
+    with pytest.raises(ValueError, match=reason):
+        convert.to_laclip(theirs)
+
+
 def test_unknown_keys_are_named():
     state = convert.from_laclip(weights("vit_l_14"), "open_clip")
     with pytest.raises(ValueError, match=r"visual\.attn_pool\.query"):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from laclip.attention import Layout
 from laclip.config import ModelConfig, TextConfig, VisionConfig
-from laclip.model import build_model, compile_blocks, kept_patches, load_weights
+from laclip.model import build_model, compile_blocks, kept_patches
+from laclip.model_weights import load_weights
 
 VOCABULARY, EOT, CONTEXT = 100, 99, 77
 

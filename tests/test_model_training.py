@@ -47,7 +47,8 @@ ranks, errors = find_ranks(), {}
 for name, words in json.loads(sys.argv[1]).items():
     arguments = parse_arguments(words)
     try:
-        train(read_config(arguments), Path(arguments.deepspeed_config), ranks, resume=False)
+        resume = bool(arguments.resume)
+        train(read_config(arguments), Path(arguments.deepspeed_config), ranks, resume)
     except (ValueError, FileNotFoundError) as error:
         errors[name] = str(error)
 Path(sys.argv[2]).write_text(json.dumps(errors))
@@ -56,9 +57,9 @@ if dist.is_initialized():
 """
 
 
-def build(**changes):
+def build(seed=1, **changes):
     sets = [f"{key}={json.dumps(value)}" for key, value in (SETTINGS | changes).items()]
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     return build_model(load_config(None, sets).model, VOCABULARY, EOT)
 
 
@@ -72,6 +73,8 @@ def save_weights(folder):
         files = [str(folder / f"{kind}_original.pt"), str(folder / f"{kind}.pt")]
         assert main(["import", *files]) == 0
     assert main(["import", files[0], str(folder / "image.pt"), "--tower", "image"]) == 0
+    trunk = {n: t for n, t in torch.load(folder / "image.pt").items() if "projection" not in n}
+    torch.save(trunk, folder / "trunk.pt")
     torch.save(build(**{"model.vision.depth": 3}).state_dict(), folder / "deeper.pt")
     lacking = {n: t for n, t in state.items() if n != "text.projection.weight"}
     torch.save(lacking | {"text.head.weight": torch.zeros(2)}, folder / "renamed.pt")
@@ -90,6 +93,7 @@ JOBS = {  # name: (ZeRO stage, settings); weights name files that save_weights w
         3,
         {"model.weights": "image", "model.lock_image": True, "model.text.width": 64},
     ),
+    "lock_trunk": (2, {"model.weights": "trunk", "model.lock_image": True}),
     "layer_decay": (
         1,
         {"model.weights": "own", "optimizer.layer_decay": 0.5, "train.steps": 1},
@@ -120,6 +124,8 @@ def jobs(tmp_path_factory):
         words[name] += ["--config", str(folder / "empty.toml")]
         for key, value in settings.items():
             words[name] += ["--set", f"{key}={json.dumps(value)}"]
+    words["resumed"] = ["--deepspeed_config", "configs/deepspeed/zero2.json"]
+    words["resumed"] += ["--resume", str(folder / "lock_trunk"), "--set", "model.weights=gone.pt"]
     (folder / "empty.toml").write_text("")
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(words), str(folder / "errors.json")],
@@ -130,8 +136,10 @@ def jobs(tmp_path_factory):
         timeout=1800,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    fresh = f"laclip: '{folder}/image.pt' holds nothing of logit_scale, text: fresh weights there"
-    assert done.stdout.count("holds nothing") == done.stdout.count(fresh) == 1
+    for name, more in (("image", ""), ("trunk", "image.projection, ")):
+        fresh = f"laclip: '{folder}/{name}.pt' holds nothing of {more}logit_scale, text: fresh"
+        assert done.stdout.count(fresh) == 1
+    assert done.stdout.count("holds nothing") == 2 and done.stdout.count("going on at step 3") == 1
     return folder, json.loads((folder / "errors.json").read_text())
 
 
@@ -153,13 +161,25 @@ def test_weights_of_other_projects_start_a_run_as_ones_own_do(layout, jobs):
 
 @pytest.mark.parametrize(
     ("name", "locked"),
-    [("lock_image", "image."), ("lock_text", "text."), ("lock_image_3", "image.")],
+    [
+        ("lock_image", "image."),
+        ("lock_text", "text."),
+        ("lock_image_3", "image."),
+        ("lock_trunk", "image."),  # whose projection the weights leave to begin anew
+    ],
 )
 def test_a_locked_tower_stays_as_it_was_bit_for_bit_and_the_rest_learns(name, locked, jobs):
     before, after = weights(jobs, "own"), weights(jobs, name)
     assert before.keys() == after.keys()
     for key in before:
-        assert torch.equal(before[key], after[key]) == key.startswith(locked), key
+        same = key.startswith(locked) and (name, key) != ("lock_trunk", "image.projection.weight")
+        assert torch.equal(before[key], after[key]) == same, key
+
+
+def test_a_fresh_projection_in_a_locked_tower_learns(jobs):
+    after = weights(jobs, "lock_trunk")["image.projection.weight"]
+    moved = (after - build(seed=0).image.projection.weight).abs().max().item()
+    assert 1e-3 < moved < 4e-3  # three steps of at most 1e-3
 
 
 def test_layer_decay_shrinks_each_layers_first_step(jobs):

@@ -59,3 +59,32 @@ def test_export_is_a_clip_model_that_transformers_loads_and_gives_back(oracle):
     assert found["features"] <= 1e-5
     assert found["scale"] <= 1e-5
     assert found["back"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "normalize"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", "inception"),
+        ("vit_small_patch8_224.dino", "imagenet"),
+        ("vit_huge_patch14_clip_quickgelu_224.dfn5b", "openai"),
+    ],
+)
+def test_a_vit_of_timm_is_an_image_tower_without_its_projection(oracle, name, normalize):
+    found = oracle["timm"][name]
+    assert found["features"] <= 1e-5 and found["normalize"] == normalize
+    assert found["fresh"] == ["image.projection", "logit_scale", "text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_small_patch14_reg4_dinov2.lvd142m", "has LayerScale, has register tokens"),
+        ("vit_base_patch16_siglip_224.webli", "lacks a class token"),
+        ("vit_small_patch16_dinov3.lvd1689m", "lacks biases of qkv, has LayerScale"),
+        ("deit_tiny_distilled_patch16_224.fb_in1k", "has a distillation token"),
+        ("flexivit_small.1200ep_in1k", "lacks positions of a class token"),
+        ("vit_base_patch16_224_miil.in21k", "lacks biases of qkv"),
+    ],
+)
+def test_a_vit_of_timm_with_more_than_the_image_tower_has_is_refused(oracle, name, reason):
+    assert reason in oracle["timm"][name]["refused"]

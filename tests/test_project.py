@@ -13,7 +13,7 @@ FLOORS = [
     },
     {
         *("config", "model", "tokenizer", "dataset", "images", "optimizer", "checkpoint"),
-        *("metrics", "flops", "text_files", "ray_tasks"),
+        *("metrics", "flops", "text_files", "ray_tasks", "model_weights"),
     },
     {
         *("loader", "evaluation", "report", "prepare", "rewrite"),

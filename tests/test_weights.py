@@ -9,6 +9,7 @@ import torch
 from laclip.cli import main
 from laclip.config import load_config
 from laclip.convert import from_laclip
+from laclip.import_weights import model_section
 from laclip.model import build_model
 from laclip.typed_toml import dump
 
@@ -71,6 +72,17 @@ def test_an_exported_model_comes_back_bit_for_bit(kind, settings, tmp_path, caps
             expected, text=dataclasses.replace(expected.text, activation="gelu")
         )
     assert found.model == dataclasses.replace(expected, weights=str(back))
+
+
+@pytest.mark.parametrize("preset", ["vit_b_16", "vit_h_14", "laclip_vit_s_16", "laclip_vit_l_16"])
+def test_a_lone_image_tower_gets_its_number_of_heads(preset, tmp_path):
+    config = load_config(None, [f"model.preset={preset}"]).model
+    with torch.device("meta"):
+        state = build_model(config, 100, 99).state_dict()
+    section = model_section({n: t for n, t in state.items() if n.startswith("image.")}, {})
+    (tmp_path / "run.toml").write_text(f"[model]\n{section}")
+    found = load_config(tmp_path / "run.toml").model
+    assert (found.vision, found.embed_dim) == (config.vision, config.embed_dim)
 
 
 def test_an_import_names_the_preset_and_what_weights_do_not_tell(tmp_path, capsys):

@@ -18,7 +18,8 @@ from laclip.evaluation.features import (
     evaluation_pipeline,
 )
 from laclip.images import ImagePipeline
-from laclip.model import build_model, load_state
+from laclip.model import build_model
+from laclip.model_weights import load_state
 from laclip.parallel import Ranks
 from laclip.tokenizer import load_tokenizer
 

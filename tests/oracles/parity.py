@@ -5,7 +5,9 @@ python requirements/oracles.py tests/oracles/parity.py PRESET...   features and 
                                                                    at full depth (H/14: 20 GB)
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import sys
@@ -21,11 +23,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils.flop_counter import FlopCounterMode
 
+import laclip.cli
 from laclip import convert
-from laclip.config import PRESETS, Config, ModelConfig, TextConfig, VisionConfig
+from laclip.config import PRESETS, Config, ModelConfig, TextConfig, VisionConfig, load_config
 from laclip.export_weights import hugging_face_config
 from laclip.flops import training_flops
 from laclip.model import CLIP, build_model
+from laclip.model_weights import load_weights
 from laclip.tokenizer import load_tokenizer
 
 VOCABULARY, EOT, CONTEXT = 49408, 49407, 77
@@ -34,6 +38,12 @@ OPEN_CLIP |= {"vit_l_14": "ViT-L-14", "vit_h_14": "ViT-H-14"}
 TIMM = {"laclip_vit_s_16": ("vit_small_patch16_224", 12)}
 TIMM |= {"laclip_vit_b_16": ("vit_base_patch16_224", 12)}
 TIMM |= {"laclip_vit_l_16": ("vit_large_patch16_224", 16)}
+# Trained or not, the names tell sizes and what else a model has.
+TIMM_TOWERS = ["vit_tiny_patch16_224.augreg_in21k", "vit_small_patch8_224.dino"]
+TIMM_TOWERS += ["vit_huge_patch14_clip_quickgelu_224.dfn5b"]
+TIMM_TOWERS += ["vit_small_patch14_reg4_dinov2.lvd142m", "vit_base_patch16_siglip_224.webli"]
+TIMM_TOWERS += ["deit_tiny_distilled_patch16_224.fb_in1k", "vit_small_patch16_dinov3.lvd1689m"]
+TIMM_TOWERS += ["flexivit_small.1200ep_in1k", "vit_base_patch16_224_miil.in21k"]
 
 
 def configure(preset: str, depth: int | None) -> ModelConfig:
@@ -193,6 +203,33 @@ def hugging_face() -> dict:
     }
 
 
+def timm_tower(name: str) -> dict:
+    """The class token before the projection, of random weights, or why it is refused."""
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, depth=2).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # no tensor stays zero or one
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    with tempfile.TemporaryDirectory() as folder:
+        timm.models.save_for_hf(theirs, folder)
+        out, err = io.StringIO(), io.StringIO()
+        words = ["import", folder, str(Path(folder, "w.pt")), "--tower", "image"]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = laclip.cli.main(words)
+        if code:
+            return {"preset": name, "refused": err.getvalue()}
+        Path(folder, "run.toml").write_text(out.getvalue().partition("\n\n")[2])
+        config = load_config(Path(folder, "run.toml"))
+        ours = build_model(config.model, VOCABULARY, EOT).eval()
+        fresh = load_weights(ours, config.model.weights)
+    images = torch.randn(2, 3, config.model.vision.image_size, config.model.vision.image_size)
+    with torch.no_grad():
+        found = ours.image.pool(images)
+        expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    error = largest_error([found], [expected])
+    return {"preset": name, "features": error, "fresh": fresh, "normalize": config.data.normalize}
+
+
 def main() -> None:
     logging.disable()
     for preset in sys.argv[1:]:
@@ -208,6 +245,8 @@ def main() -> None:
     for preset in deep:  # one of each family
         print(json.dumps({"initialization": initialization(preset)}), flush=True)
     print(json.dumps({"hugging_face": hugging_face()}), flush=True)
+    for name in TIMM_TOWERS:
+        print(json.dumps({"timm": timm_tower(name)}), flush=True)
 
 
 if __name__ == "__main__":
