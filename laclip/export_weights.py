@@ -13,9 +13,12 @@ from typing import Any
 
 from laclip.checkpoint import add_checkpoint_option, find_weights, read_weights, save_weights
 from laclip.config import Config, load_config
-from laclip.convert import FORMATS, State, from_laclip
+from laclip.convert import FORMATS, from_laclip
 from laclip.images import NORMALIZATION
 from laclip.tokenizer import ReferenceTokenizer, Tokenizer, load_tokenizer
+from laclip.whole_files import whole_folder
+
+WEIGHTS_FILE = {"open_clip": "open_clip_pytorch_model.bin", "hugging_face": "pytorch_model.bin"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +38,8 @@ def run(args: argparse.Namespace) -> int:
     if args.format != "laclip_release" and out.is_file():
         raise ValueError(f"'{out}' is a file, expected a folder to write")
     files: dict[str, str] = {}
-    if args.format == "laclip_release":
-        _save(weights, out)
-        how = ""
-    elif args.format == "open_clip":
-        _save(weights, out / "open_clip_pytorch_model.bin")
+    how = ""
+    if args.format == "open_clip":
         settings = open_clip_config(config, tokenizer, "logit_bias" in weights)
         if settings is None:
             how = (
@@ -48,21 +48,21 @@ def run(args: argparse.Namespace) -> int:
         else:
             files["open_clip_config.json"] = _json(settings)
             how = f": open_clip.create_model_and_transforms('local-dir:{out}')"
-    else:
+    elif args.format == "hugging_face":
         files = hugging_face_files(config, tokenizer)
-        _save(weights, out / "pytorch_model.bin")
         how = f": transformers.CLIPModel.from_pretrained('{out}'), CLIPProcessor likewise"
-    for name, text in files.items():
-        (out / name).write_text(text)
+    if args.format == "laclip_release":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(weights, out)
+    else:
+        with whole_folder(out) as folder:
+            for name, text in files.items():
+                (folder / name).write_text(text)
+            save_weights(weights, folder / WEIGHTS_FILE[args.format])
     print(f"{out}: {len(weights)} tensors of '{source}' for {args.format}{how}")
     if files and not isinstance(tokenizer, Tokenizer):
         print(f"{out}: without its tokenizer, which is not CLIP's: {config.data.tokenizer}")
     return 0
-
-
-def _save(weights: State, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(weights, out)
 
 
 def _json(content: Any) -> str:

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whatever ends the process or the machine."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,46 @@ def whole_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # a full disk has no name of its own
+        _name(error, path)
         raise
     sync(path.parent)
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """A full disk has no name of its own."""
+    if isinstance(error, OSError) and error.errno and error.filename is None:
+        error.filename = str(path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill with files, which come to `path` together, once all are on the disk.
+
+    A new folder comes by one rename. Into one that is there each file comes by its own, and files
+    of other names stay. On any error what was written is removed; what a killed process left, the
+    next one removes.
+    """
+    path = path.resolve()
+    there = path.is_dir()
+    temporary = path / ".laclip.tmp" if there else path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        files = list(temporary.iterdir())
+        for entry in (*files, temporary):
+            sync(entry)
+        if there:
+            for file in files:
+                os.replace(file, path / file.name)
+            temporary.rmdir()
+        else:
+            temporary.rename(path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _name(error, path)
+        raise
+    sync(path if there else path.parent)
 
 
 def sync(path: Path) -> None:

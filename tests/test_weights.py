@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 
 import pytest
 import torch
@@ -158,6 +159,34 @@ def test_a_model_that_reads_other_tokens_is_refused(tmp_path, capsys):
     assert main(["import", str(out), str(tmp_path / "back.pt")]) == 2
     assert "is no configuration of open_clip (KeyError('model_cfg'))" in capsys.readouterr().err
     assert not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_export_that_finds_no_room_leaves_nothing(there, tmp_path, capsys):
+    """As a full disk, a limit on the size of files fails in the midst of a write."""
+    finished_run(tmp_path / "run")
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+        (out / "config.json").write_text("old")
+        (out / "README.md").write_text("kept")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    words = ["export", str(tmp_path / "run"), str(out), "--format", "hugging_face"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (1 << 16, 1 << 21):  # too small for the vocabulary, and for the weights
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            assert main(words) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert str(out) in capsys.readouterr().err.replace("/.out", "/out")
+        assert out.exists() == there
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (out / ".laclip.tmp" if there else tmp_path / ".out.tmp").mkdir()  # as one that was killed
+    assert main(words) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names > {"pytorch_model.bin", "merges.txt"} and not any(n[0] == "." for n in names)
+    assert ("README.md" in names) == there and "hidden_size" in (out / "config.json").read_text()
 
 
 def test_mistakes_are_named_without_a_traceback(tmp_path, capsys):
