@@ -64,6 +64,8 @@ def save_checkpoint(
         except OSError as failure:
             error = failure
     raise_on_all(error, what)
+    if stage == 3:
+        _begin_states(engine.optimizer)
     try:
         with _errors_held_back(engine) as errors:
             engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
@@ -99,6 +101,17 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def _begin_states(zero_3: Any) -> None:
+    """Give AdamW what it begins with, where it has made no update (the first were skipped).
+
+    Without it DeepSpeed cannot make its universal form of a ZeRO-3 checkpoint.
+    """
+    for part in zero_3.fp32_partitioned_groups_flat:
+        if not (state := zero_3.optimizer.state[part]):
+            state["step"] = torch.zeros((), device=part.device)
+            state |= {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
 
 
 @contextlib.contextmanager
@@ -372,6 +385,7 @@ def load_checkpoint(
         {key: value for key, value in group.items() if key != "params"}
         for group in engine.optimizer.param_groups
     ]
+    _let_ranks_hold_nothing(engine.optimizer)
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load '{folder}'")
@@ -389,6 +403,32 @@ def load_checkpoint(
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _let_ranks_hold_nothing(optimizer: Any) -> None:
+    """Give ZeRO-1 and 2 a stand-in where this rank holds nothing of a whole group of parameters.
+
+    The scale of the logits alone may be one. From the universal form DeepSpeed takes a group's step
+    from the first parameter of which the rank holds a part, and fails without one.
+    """
+    if not hasattr(optimizer, "bit16_groups"):
+        return
+
+    class Nothing:
+        _hp_mapping = argparse.Namespace(get_optim_state_keys=list)
+
+        def load_hp_checkpoint_state(self, *_: Any, **__: Any) -> None:
+            """No step."""
+
+    nothing, load = Nothing(), optimizer.load_hp_checkpoint_state_from_checkpoint_dir
+    optimizer.param_names[nothing] = ""
+    optimizer.held_groups = [
+        [p for p in group if p._hp_mapping is not None] or [nothing]
+        for group in optimizer.bit16_groups
+    ]
+    optimizer.load_hp_checkpoint_state_from_checkpoint_dir = lambda _, path: load(
+        "held_groups", path
+    )
 
 
 def _load_frozen_parameters(module: torch.nn.Module, path: Path, state: dict[str, Any]) -> None:

@@ -43,7 +43,13 @@ TOO_HIGH = 65536.0, 0  # a loss scale under which the first gradients overflow
 BAD_LOSS, BAD_GRADIENT = 1, 3  # steps of the guards' runs
 BEYOND_THE_CLAMP = "model.init_logit_scale=4.608"  # ln 100 is 4.6052: it falls below in few steps
 MORE = {"round_robin_gradients": True, "stage3_module_granularity_threshold": 100}
-LOCKED = "model.lock_image=true"
+ELASTIC = {  # what goes on under other numbers of ranks: the ZeRO stages, and the settings
+    "": (STAGES, []),
+    "locked": (STAGES, ["model.lock_image=true"]),
+    # The scale of the logits alone is trained: most ranks hold nothing.
+    "both_locked": ((2,), ["model.lock_image=true", "model.lock_text=true"]),
+    "skipped": ((3,), ["train.precision=fp16"]),  # no update before the ranks change
+}
 
 
 def configure(*overrides, batch=BATCH):
@@ -225,10 +231,10 @@ def run_events(ranks) -> dict:
 def run_elastic(ranks, folder: Path) -> dict:
     """Go on from what another number of ranks saved, then save."""
     found = {}
-    for stage in STAGES:
-        for overrides in ((), (LOCKED,)):
+    for name, (stages, overrides) in ELASTIC.items():
+        for stage in stages:
             config = configure(*overrides)
-            checkpoints = folder / f"stage_{stage}{'_locked' * len(overrides)}"
+            checkpoints = folder / f"stage_{stage}{name}"
             newest = newest_checkpoint(checkpoints, ranks)
             if newest is None:
                 first, engine = 0, start(config, stage, ranks, folder=folder)
@@ -247,11 +253,11 @@ def run_elastic(ranks, folder: Path) -> dict:
             # Parameters that a module read of another one: ZeRO-3 counts them as its own from then
             # on, and a run that went on ended with a "tracing error".
             foreign = [
-                name
-                for name, module in engine.module.named_modules()
+                place
+                for place, module in engine.module.named_modules()
                 if getattr(module, "_external_params", None)
             ]
-            found[stage, bool(overrides)] = steps, weights(engine, stage), left, foreign
+            found[stage, name] = steps, weights(engine, stage), left, foreign
     return found
 
 

@@ -215,19 +215,33 @@ def test_the_network_runs_under_the_image_tower(found):
         assert whole.count("next batch") == 1
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("locked", [False, True])
-def test_a_run_goes_on_under_another_number_of_ranks(found, stage, locked):
-    """2 -> 1 -> 4 ranks, the image tower locked or not, against a loop without a stop."""
-    overrides = [ranks_program.LOCKED] if locked else []
-    config = ranks_program.configure(*overrides)
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        (stage, name)
+        for name, (stages, _) in ranks_program.ELASTIC.items()
+        for stage in stages
+        if name != "skipped"
+    ],
+)
+def test_a_run_goes_on_under_another_number_of_ranks(found, stage, name):
+    """2 -> 1 -> 4 ranks, towers locked or not, against a loop without a stop."""
+    config = ranks_program.configure(*ranks_program.ELASTIC[name][1])
     plain = plain_loop(config, range(3 * ranks_program.ELASTIC_STEPS))
-    runs = [found[world_size][0]["elastic"][stage, locked] for world_size in (2, 1, 4)]
+    runs = [found[world_size][0]["elastic"][stage, name] for world_size in (2, 1, 4)]
     steps = [step for run in runs for step in run[0]]
     compare((steps, runs[-1][1]), plain, loss=1e-5, norm=1e-4, weights=1e-5)
     count = ranks_program.ELASTIC_STEPS
     assert runs[-1][2] == [f"step_{count * part:08d}" for part in (1, 2, 3)]
     assert not any(run[3] for run in runs)
+
+
+def test_a_run_goes_on_under_another_number_of_ranks_before_its_first_update(found):
+    first = dict(ranks_program.new_model(ranks_program.configure()).named_parameters())
+    for world_size in (2, 1, 4):
+        steps, weights, *_ = found[world_size][0]["elastic"][3, "skipped"]
+        assert not any(step[3] for step in steps)
+        assert all(torch.equal(weights[name], value) for name, value in first.items())
 
 
 def test_checkpoints_of_another_zero_stage_are_refused_by_name(found):
