@@ -6,6 +6,7 @@ import datetime
 import os
 import sys
 import time
+import typing
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from laclip.config import Config
 from laclip.model import CLIP, compile_blocks
 from laclip.optimizer import build_optimizer
 from laclip.parallel import JointError, Ranks, meet, set_timeouts
+from laclip.typed_toml import nearest
 
 
 def check_abilities(config: Config, device: torch.device) -> None:
@@ -42,13 +44,43 @@ def check_abilities(config: Config, device: torch.device) -> None:
         )
 
 
+def check_zero(settings: dict[str, Any], path: Path, ranks: Ranks) -> None:
+    """Raise ValueError for what DeepSpeed's section zero_optimization may not hold.
+
+    settings: what `path` holds. The last of the checks, as it imports DeepSpeed.
+    """
+    if ranks.device.type == "cpu":
+        _prepare_cpu(ranks)
+    import deepspeed
+    from pydantic import ValidationError
+
+    known: Any = deepspeed.runtime.zero.config.DeepSpeedZeroConfig
+    try:
+        known(**settings["zero_optimization"])
+    except AssertionError as error:
+        raise ValueError(f"{path}: zero_optimization: {error}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        *sections, key = map(str, problem["loc"])
+        where = ".".join(["zero_optimization", *sections])
+        what = f"{where}.{key}: {problem['msg']}, found {problem['input']!r}"
+        if problem["type"] == "extra_forbidden":
+            for section in sections:
+                kind = known.model_fields[section].annotation
+                kinds = kind, *typing.get_args(kind)  # of Optional
+                known = next(kind for kind in kinds if hasattr(kind, "model_fields"))
+            names = {field.alias or name for name, field in known.model_fields.items()}
+            what = f"unknown key {key!r} in {where}{nearest(key, names)}"
+        raise ValueError(f"{path}: {what}") from None
+
+
 def connect(config: Config, ranks: Ranks) -> None:
     """Connect the ranks through DeepSpeed."""
     if ranks.device.type == "cpu":
         _prepare_cpu(ranks)
     # DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    import deepspeed  # slow to import: mistakes are reported before
+    import deepspeed
     from deepspeed.comm.torch import build_shm_op
 
     build_shm_op()  # on a CPU; what fails on one rank fails while the others still listen

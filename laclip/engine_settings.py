@@ -15,6 +15,12 @@ FILLED = {  # keys of DeepSpeed's JSON whose values the TOML owns
     "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
     "gradient_clipping": "optimizer.clip_norm",
 }
+_SCHEDULE = "the optimizer and its schedule are set in the TOML's section [optimizer]"
+NOT_READ = {  # sections of DeepSpeed's JSON, and what there is instead
+    "optimizer": _SCHEDULE,
+    "scheduler": _SCHEDULE,
+    "checkpoint": "laclip knows how to write and load one; when is set in the TOML's [checkpoint]",
+}
 
 
 def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -63,11 +69,10 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
                 f'Set it to "auto" in {path}'
             )
         settings[key] = value
-    for key, owner in (("optimizer", "optimizer"), ("scheduler", "optimizer")):
+    for key, instead in NOT_READ.items():
         if key in settings:
             raise ValueError(
-                f"{path}: the section {key!r} is not read: the optimizer and its schedule are set "
-                f"in the TOML's section [{owner}]. Remove it from {path}"
+                f"{path}: the section {key!r} is not read: {instead}. Remove it from {path}"
             )
     for key in ("bf16", "bfloat16", "fp16", "torch_autocast"):
         section = settings.pop(key, {})

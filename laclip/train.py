@@ -34,7 +34,7 @@ from laclip.checkpoint import (
 )
 from laclip.config import Config, add_set_option, load_config
 from laclip.dataset import Dataset, check_datasets, open_dataset
-from laclip.engine import check_abilities, connect, start_engine, whole_weights
+from laclip.engine import check_abilities, check_zero, connect, start_engine, whole_weights
 from laclip.engine_settings import engine_settings
 from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization
@@ -143,6 +143,7 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     for name, task in config.evaluation.tasks.items():  # a mistake must not wait for the end
         with named(name):
             check_task(task, tokenizer)
+    check_zero(settings, deepspeed_json, ranks)
     torch.manual_seed(config.run.seed)
     model = build_model(
         config.model, tokenizer.vocab_size, tokenizer.eot_token, config.train.loss == "siglip"

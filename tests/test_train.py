@@ -351,6 +351,23 @@ def test_mistakes_end_with_code_2_and_a_message(name, mistaken, tmp_path):
         ({"train_batch_size": 77}, "train_batch_size is 77, but train.global_batch_size"),
         ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but optimizer.clip_norm"),
         ({"bf16": {"enabled": True}}, "bf16.enabled is True, but train.precision"),
+        ({"checkpoint": {"load_universal": True}}, "laclip knows how to write and load one"),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_com": True}},
+            "unknown key 'overlap_com' in zero_optimization; did you mean 'overlap_comm'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "leaf_module": {"class": []}}},
+            "unknown key 'class' in zero_optimization.leaf_module; did you mean 'classes'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
+            "unknown key 'devise' in zero_optimization.offload_optimizer; did you mean 'device'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}},
+            "zero_optimization.reduce_bucket_size: Input should be greater than 0, found -1",
+        ),
         ("{", "not valid JSON"),
     ],
 )
@@ -360,7 +377,7 @@ def test_a_json_that_disagrees_is_refused(content, message, mistaken, tmp_path):
     words = arguments(tmp_path / "run")
     words[2] = str(path)
     output = mistaken(words)
-    assert message in output and str(path) in output
+    assert message in output and str(path) in output and not (tmp_path / "run").exists()
 
 
 def test_what_deepspeed_refuses_is_a_message_not_a_traceback(tmp_path):
