@@ -55,52 +55,49 @@ def save_checkpoint(
     final = folder / f"step_{state['step']:08d}"
     partial = folder / (final.name + _TEMPORARY)
     what = f"writing checkpoint '{final}'"
-    error: Exception | None = None
-    checked: dict[str, Any] = {}
-    if ranks.is_first:
-        try:
+    with _jointly(what):
+        if ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        except OSError as failure:
-            error = failure
-    raise_on_all(error, what)
     if stage == 3:
         _begin_states(engine.optimizer)
     try:
         with _errors_held_back(engine) as errors:
             engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-        error = errors[0] if errors else None
-        if error is None:
-            try:
-                torch.save(_generator_states(), partial / f"random_rank_{ranks.rank:05d}.pt")
-                if ranks.is_first:
-                    content = {**state, "world_size": ranks.world_size, "stage": stage}
-                    (partial / "state.json").write_text(json.dumps(content, indent=1))
-            except (OSError, RuntimeError) as failure:
-                error = failure
-        raise_on_all(error, what)
-        try:
+        with _jointly(what):
+            if errors:
+                raise errors[0]
+            torch.save(_generator_states(), partial / f"random_rank_{ranks.rank:05d}.pt")
+            if ranks.is_first:
+                content = {**state, "world_size": ranks.world_size, "stage": stage}
+                (partial / "state.json").write_text(json.dumps(content, indent=1))
+        with _jointly(what):
             checked = _checksums(partial, _files(partial), ranks, synced=True)
-        except OSError as failure:
-            error = failure
-        raise_on_all(error, what)
         parts = gather_objects(checked)
-        if ranks.is_first:
-            try:
+        with _jointly(what):
+            if ranks.is_first:
                 manifest = {name: part[name] for part in parts for name in part}
                 (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
                 sync(partial / "manifest.json")
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
                 sync(folder)
-            except OSError as failure:
-                error = failure
-        raise_on_all(error, what)
     except JointError:
         if ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+@contextlib.contextmanager
+def _jointly(what: str) -> Iterator[None]:
+    """Raise JointError on every rank if on any of them a write within fails."""
+    error = None
+    try:
+        yield
+    except (OSError, RuntimeError) as failure:  # torch.save raises both for a full disk
+        error = failure
+    raise_on_all(error, what)
 
 
 def _begin_states(zero_3: Any) -> None:
@@ -127,7 +124,7 @@ def _errors_held_back(engine: Any) -> Iterator[list[Exception]]:
             if not errors:
                 try:
                     write(*arguments, **options)
-                except (OSError, RuntimeError) as error:  # torch.save raises both for a full disk
+                except (OSError, RuntimeError) as error:
                     errors.append(error)
 
         return call
@@ -298,11 +295,13 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     partial = path.with_name(path.name + _TEMPORARY)
     try:
         torch.save(weights, partial)
+        sync(partial)
     except (OSError, RuntimeError) as error:  # torch's own words for a full disk do not say so
         free = shutil.disk_usage(path.parent).free // 2**20
         partial.unlink(missing_ok=True)
         raise OSError(f"writing '{path}': {error} ({free:,} MiB were free there)") from None
     partial.rename(path)
+    sync(path.parent)
 
 
 def _read_engine_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
