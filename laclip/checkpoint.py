@@ -384,7 +384,8 @@ def load_checkpoint(
         {key: value for key, value in group.items() if key != "params"}
         for group in engine.optimizer.param_groups
     ]
-    _let_ranks_hold_nothing(engine.optimizer)
+    if folder != path:
+        _let_ranks_hold_nothing(engine.optimizer)
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load '{folder}'")
