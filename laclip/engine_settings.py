@@ -65,7 +65,7 @@ def engine_settings(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
         found = settings.get(key, "auto")
         if found not in ("auto", value):
             raise ValueError(
-                f"{path}: {key} is {found!r}, but {owner} in the run's TOML make it {value!r}. "
+                f"{path}: {key} is {found!r}, but by {owner} of the run's TOML it is {value!r}. "
                 f'Set it to "auto" in {path}'
             )
         settings[key] = value

@@ -348,8 +348,8 @@ def test_mistakes_end_with_code_2_and_a_message(name, mistaken, tmp_path):
     ("content", "message"),
     [
         ({"optimizer": {"type": "Adam"}}, "the optimizer and its schedule are set in the TOML"),
-        ({"train_batch_size": 77}, "train_batch_size is 77, but train.global_batch_size"),
-        ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but optimizer.clip_norm"),
+        ({"train_batch_size": 77}, "train_batch_size is 77, but by train.global_batch_size"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but by optimizer.clip_norm"),
         ({"bf16": {"enabled": True}}, "bf16.enabled is True, but train.precision"),
         ({"checkpoint": {"load_universal": True}}, "laclip knows how to write and load one"),
         (
