@@ -21,20 +21,22 @@ import torch.distributed as dist
 
 from laclip.checkpoint import (
     best_score,
-    fit_checkpoint,
-    load_checkpoint,
     main_score,
     mean_score,
     newest_checkpoint,
     newest_step,
     prune_checkpoints,
-    require_finite,
-    save_checkpoint,
     save_weights,
 )
 from laclip.config import Config, add_set_option, load_config
 from laclip.dataset import Dataset, check_datasets, open_dataset
 from laclip.engine import check_abilities, check_zero, connect, start_engine, whole_weights
+from laclip.engine_checkpoint import (
+    fit_checkpoint,
+    load_checkpoint,
+    require_finite,
+    save_checkpoint,
+)
 from laclip.engine_settings import engine_settings
 from laclip.evaluation.held_out import check_task, evaluate, named
 from laclip.flops import utilization

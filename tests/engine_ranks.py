@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 import laclip.engine
 from laclip.captions import pack
-from laclip.checkpoint import fit_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from laclip.checkpoint import newest_checkpoint
 from laclip.config import load_config
+from laclip.engine_checkpoint import fit_checkpoint, load_checkpoint, save_checkpoint
 from laclip.engine_settings import engine_settings
 from laclip.loader import LoadedBatch
 from laclip.model import build_model

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from laclip.captions import pack
-from laclip.checkpoint import save_checkpoint
 from laclip.config import load_config
 from laclip.engine import connect, start_engine
+from laclip.engine_checkpoint import save_checkpoint
 from laclip.engine_settings import engine_settings
 from laclip.loader import LoadedBatch
 from laclip.model import build_model

@@ -17,14 +17,14 @@ FLOORS = [
     },
     {
         *("loader", "evaluation", "report", "prepare", "rewrite"),
-        *("run_folder", "engine", "engine_settings", "import_weights", "export_weights"),
-        *("train_step", "watchdog"),
+        *("run_folder", "engine", "engine_checkpoint", "engine_settings"),
+        *("import_weights", "export_weights", "train_step", "watchdog"),
     },
     {"train", "cli", "plan"},
 ]
 # A package that only these modules may import.
 OWNED = {
-    "deepspeed": {"engine", "checkpoint"},
+    "deepspeed": {"engine", "engine_checkpoint", "checkpoint"},
     "nvidia": {"images"},
     "triton": {"kernels"},
 }
