@@ -61,11 +61,13 @@ def check_zero(settings: dict[str, Any], path: Path, ranks: Ranks) -> None:
         raise ValueError(f"{path}: zero_optimization: {error}") from None
     except ValidationError as error:
         problem = error.errors()[0]
-        *sections, key = map(str, problem["loc"])
-        where = ".".join(["zero_optimization", *sections])
-        what = f"{where}.{key}: {problem['msg']}, found {problem['input']!r}"
+        *sections, key = places = "zero_optimization", *map(str, problem["loc"])
+        where = ".".join(sections)
+        what = f"{'.'.join(places)}: {problem['msg']}"
+        if problem["loc"]:  # else the keys disagree, and it is found in the whole section
+            what += f", found {problem['input']!r}"
         if problem["type"] == "extra_forbidden":
-            for section in sections:
+            for section in sections[1:]:
                 kind = known.model_fields[section].annotation
                 kinds = kind, *typing.get_args(kind)  # of Optional
                 known = next(kind for kind in kinds if hasattr(kind, "model_fields"))

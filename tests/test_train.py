@@ -368,6 +368,10 @@ def test_mistakes_end_with_code_2_and_a_message(name, mistaken, tmp_path):
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}},
             "zero_optimization.reduce_bucket_size: Input should be greater than 0, found -1",
         ),
+        (  # of no single key
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"ratio": 0.5}}},
+            "zero_optimization: Assertion failed, Partial offloading only supported for ZeRO Stage",
+        ),
         ("{", "not valid JSON"),
     ],
 )
