@@ -34,14 +34,14 @@ def read_lines(path: Path) -> Iterator[str]:
 def read_csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line where it ends, cells) of every record; quoted cells may hold commas and newlines.
 
-    Cells end at commas; at tabs in a .tsv, and where the first line has tabs and no comma, as
+    Cells end at commas; at tabs in a .tsv, and where the first line has a tab before any comma, as
     open_clip's lists. Raises ValueError for a row of more or fewer cells than the first: a text
     would be cut there.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such CSV file")
     first = next(read_lines(path), "")
-    tabs = path.suffix == ".tsv" or ("\t" in first and "," not in first)
+    tabs = path.suffix == ".tsv" or "\t" in first.partition(",")[0]
     end = "\t" if tabs else ","
     reader = csv.reader((line + "\n" for line in read_lines(path)), delimiter=end, strict=True)
     cells = 0
@@ -57,7 +57,10 @@ def read_csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
+        raise ValueError(
+            f"{path}: line {reader.line_num}: {error}. A text that begins with a quotation mark "
+            "needs quotes around it, and its own doubled"
+        ) from None
 
 
 def read_keyed(
