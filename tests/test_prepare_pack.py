@@ -18,7 +18,7 @@ from laclip.prepare.pack import pack
 from laclip.tokenizer import load_tokenizer
 
 ROWS = [
-    ("sub/0.jpg", "a red square"),
+    ("sub/0.jpg", "a square, red"),
     ("gone.jpg", "a dead link"),
     ("2.png", 'quoted "words", commas\nand a newline'),
     ("3.gif", "a moving picture"),
@@ -75,11 +75,13 @@ def write_list(path, header=True):
         ("l.parquet", True),
         ("l.tsv", False),
         ("tabs.csv", True),
+        ("tabs.csv", False),
     ],  # open_clip's lists have tabs
 )
 def test_good_rows_are_packed_and_the_others_counted(name, header, images, tmp_path):
-    report = pack(tmp_path / "out", write_list(tmp_path / name, header), images, rows=5)
+    report = pack(tmp_path / "the out", write_list(tmp_path / name, header), images, rows=5)
     assert "4 of 12 rows packed" in report
+    assert report.endswith(f"Next: laclip index '{tmp_path}/the out'")
     for line in (
         "3 x no such file (first: row 1: gone.jpg)",
         "1 x image kind is not JPEG, PNG or WebP (first: row 3: 3.gif)",
@@ -89,8 +91,8 @@ def test_good_rows_are_packed_and_the_others_counted(name, header, images, tmp_p
         "1 x image of zero bytes (first: row 11: zero.jpg)",
     ):
         assert line in report
-    index(tmp_path / "out")
-    dataset = open_dataset(tmp_path / "out")
+    index(tmp_path / "the out")
+    dataset = open_dataset(tmp_path / "the out")
     found = {}
     for shard in range(len(dataset.shards)):
         texts = dict(_native.read_tar_texts(str(dataset.tar_path(shard)), "txt", 1 << 16))
@@ -204,7 +206,7 @@ def test_another_list_or_a_folder_of_others_is_refused(images, tmp_path, capsys)
         (b"", "no rows in it"),
         (b"only-a-path.jpg\n", "line 1: 1 cells"),
         ("a.jpg,caf\xe9\n".encode("latin1"), "line 1, byte 9: not UTF-8"),
-        (b'a.jpg,"never closed\n', "line"),
+        (b'a.jpg,"never closed\n', "line 1: unexpected end of data. A text that begins with"),
         (b"9.jpg,a dog, on a lawn\n9.jpg,a cat\n", "line 2: 2 cells, its first row has 3"),
     ],
 )

@@ -6,6 +6,7 @@ The tars are read once, from end to end, and never written.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def index(
             f"Run: laclip tokenize {folder}, with --rewrites NAME=FILE for each variant"
         )
     elif not (variants or later):
-        text += f"\nNext: laclip tokenize {folder}"
+        text += f"\nNext: laclip tokenize {shlex.quote(str(folder))}"
     return text
 
 

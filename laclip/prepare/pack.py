@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import os
+import shlex
 import tarfile
 from collections.abc import Iterator
 from itertools import islice
@@ -117,7 +118,7 @@ def pack(
             f"  {kept} of {shards} shards are an earlier run's: what they skip was not looked for "
             "again. If it has come since, pack into another folder"
         )
-    return "\n".join([*lines, f"Next: laclip index {out}"])
+    return "\n".join([*lines, f"Next: laclip index {shlex.quote(str(out))}"])
 
 
 def _check_source(out: Path, source: dict, pairs: Path) -> None:

@@ -9,6 +9,7 @@ already are kept, those named here are added or replaced.
 import argparse
 import importlib.metadata
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -371,4 +372,4 @@ def _report(folder: Path, samples: int, sources, counts, unmatched) -> str:
         "  (short: of fewer than two words; unmatched: rewrites that no sample took; the last "
         "columns count captions by tokens)",
     ]
-    return "\n".join([*lines, *notes, f"Next: laclip verify {folder}"])
+    return "\n".join([*lines, *notes, f"Next: laclip verify {shlex.quote(str(folder))}"])

@@ -8,6 +8,7 @@ A run that was stopped goes on when it is started again. docs/rewriting.md has r
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from itertools import islice
@@ -319,8 +320,9 @@ def _conclude(
     lines.append(f"  samples and figures: {page}")
     if accepted:
         source = shards[0].path.parent
-        dataset = source if (source / "dataset.json").is_file() else "FOLDER"
-        lines.append(f"Next: laclip tokenize {dataset} --rewrites NAME={merged}")
+        dataset = str(source) if (source / "dataset.json").is_file() else "FOLDER"
+        words = ["laclip", "tokenize", dataset, "--rewrites", f"NAME={merged}"]
+        lines.append(f"Next: {shlex.join(words)}")
     return "\n".join(lines)
 
 
