@@ -183,11 +183,11 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     try:
         torch.save(weights, partial)
         sync(partial)
+        partial.rename(path)
     except (OSError, RuntimeError) as error:  # torch's own words for a full disk do not say so
         free = shutil.disk_usage(path.parent).free // 2**20
         partial.unlink(missing_ok=True)
         raise OSError(f"writing '{path}': {error} ({free:,} MiB were free there)") from None
-    partial.rename(path)
     sync(path.parent)
 
 

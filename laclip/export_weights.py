@@ -19,6 +19,7 @@ from laclip.tokenizer import ReferenceTokenizer, Tokenizer, load_tokenizer
 from laclip.whole_files import whole_folder
 
 WEIGHTS_FILE = {"open_clip": "open_clip_pytorch_model.bin", "hugging_face": "pytorch_model.bin"}
+TAKEN_FIRST = {"open_clip": "open_clip_*.safetensors", "hugging_face": "model*.safetensors"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,10 +34,15 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.run_folder / "config.toml")
     weights = from_laclip(read_weights(source), args.format)
     tokenizer, out = load_tokenizer(config.data.tokenizer), args.out
-    if args.format == "laclip_release" and out.is_dir():
-        raise ValueError(f"'{out}' is a folder, expected a file to write")
-    if args.format != "laclip_release" and out.is_file():
+    if args.format == "laclip_release":
+        if out.is_dir():
+            raise ValueError(f"'{out}' is a folder, expected a file to write")
+    elif out.is_file():
         raise ValueError(f"'{out}' is a file, expected a folder to write")
+    elif found := sorted(out.glob(TAKEN_FIRST[args.format])):
+        raise ValueError(
+            f"'{found[0]}' would be loaded from there, not the run's weights. Choose another folder"
+        )
     files: dict[str, str] = {}
     how = ""
     if args.format == "open_clip":

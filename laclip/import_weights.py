@@ -63,16 +63,17 @@ def run(args: argparse.Namespace) -> int:
             f"--tower {args.tower}: '{args.file}' of {kind} holds no {args.tower} tower"
         )
     folder = args.file if args.file.is_dir() else args.file.parent
-    told, images = read_settings(folder, kind), data_section(folder, kind)
+    told = read_settings(folder, kind)
+    images = "" if args.tower == "text" else data_section(folder, kind)
     section = model_section(converted, told)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(converted, args.out)
     numbers = sum(tensor.numel() for tensor in converted.values())
     print(f"{args.out}: {numbers / 1e6:.1f} M numbers, from {kind}. For the run's configuration:\n")
-    print(f'[model]\nweights = "{args.out}"\n{section}')
+    print(f"[model]\nweights = {json.dumps(str(args.out), ensure_ascii=False)}\n{section}")
     if not told and "image.norm_pre.weight" in converted:
         print(UNTOLD)
-    if args.tower != "text" and images != "":
+    if images != "":
         print(UNTOLD_IMAGES if images is None else images)
     return 0
 
@@ -89,13 +90,13 @@ def read_settings(folder: Path, kind: str) -> Settings:
     return _read(file, kind, read) if file.is_file() else {}
 
 
-def _read(file: Path, kind: str, read: Callable[[Path, dict[str, Any]], Any]) -> Any:
+def _read(file: Path, kind: str, read: Callable[[Path, Any], Any]) -> Any:
     try:
         return read(file, json.loads(file.read_text()))
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"'{file}' is no configuration of {kind} ({error!r}). Restore it, or take it away and "
-            "choose the activation yourself"
+            "set yourself what it would tell"
         ) from None
 
 
@@ -147,7 +148,7 @@ def _known(file: Path, key: str, found: dict[str, Any], values: tuple[Any, ...])
     value = found.get(key, values[0])
     if value not in values:
         raise ValueError(
-            f"'{file}': found {key} {value!r}, expected {' or '.join(map(str, values))}: "
+            f"'{file}': found {key} {value!r}, expected {' or '.join(map(repr, values))}: "
             "laclip's towers compute nothing else"
         )
     return value
@@ -161,11 +162,15 @@ def data_section(folder: Path, kind: str) -> str | None:
     files = IMAGE_FILES.get(kind, {})
     file = next((folder / name for name in files if (folder / name).is_file()), None)
     if kind == "laclip_release":
-        found = Images(*NORMALIZATION["imagenet"], "bilinear")
+        lines = _data_lines(Images(*NORMALIZATION["imagenet"], "bilinear"))
     elif file is None:
         return None
     else:
-        found = _read(file, kind, files[file.name])
+        lines = _read(file, kind, lambda file, content: _data_lines(files[file.name](content)))
+    return "\n".join(["\n[data]", *lines]) if lines else ""
+
+
+def _data_lines(found: Images) -> list[str]:
     lines = []
     for normalize, (mean, std) in NORMALIZATION.items():
         pairs = zip((*found.mean, *found.std), (*mean, *std))
@@ -187,37 +192,44 @@ def data_section(folder: Path, kind: str) -> str | None:
             f"# {found.unlike}: laclip resizes the shorter side to the model's size, cuts the "
             "centre and normalizes, so that scores may differ"
         )
-    return "\n".join(["\n[data]", *lines]) if lines else ""
+    return lines
 
 
-def _open_clips_images(_file: Path, content: dict[str, Any]) -> Images:
-    found, (mean, std) = content.get("preprocess_cfg") or {}, NORMALIZATION["openai"]
+def _open_clips_images(content: dict[str, Any]) -> Images:
+    found = content.get("preprocess_cfg") or {}
     mode = found.get("resize_mode", "shortest")
     unlike = "" if mode == "shortest" else f"resize_mode {mode!r}"
-    resampling = found.get("interpolation", "bicubic")
-    return Images(found.get("mean", mean), found.get("std", std), resampling, unlike)
+    mean, std = _channels(found, "mean", "std")
+    return Images(mean, std, found.get("interpolation", "bicubic"), unlike)
 
 
-def _hugging_faces_images(_file: Path, content: dict[str, Any]) -> Images:
-    found, (mean, std) = content.get("image_processor", content), NORMALIZATION["openai"]
+def _hugging_faces_images(content: dict[str, Any]) -> Images:
+    found = content.get("image_processor", content)
     size, crop = found.get("size"), found.get("crop_size")
-    side = size.get("shortest_edge") if isinstance(size, dict) else size
+    side = size.get("shortest_edge", 0) if isinstance(size, dict) else size  # 0: each side its own
     cut = crop.get("height") if isinstance(crop, dict) else crop
     told = [f"size {size}, crop_size {crop}"] if side != cut else []
     steps = (f"do_{step}" for step in ("resize", "center_crop", "rescale", "normalize"))
     told += [f"{step} false" for step in steps if not found.get(step, True)]
-    mean, std = found.get("image_mean", mean), found.get("image_std", std)
+    mean, std = _channels(found, "image_mean", "image_std")
     return Images(mean, std, found.get("resample", 3), ", ".join(told))
 
 
-def _timms_images(_file: Path, content: dict[str, Any]) -> Images:
+def _channels(found: dict[str, Any], mean: str, std: str) -> tuple[list[float], ...]:
+    """Mean and deviation by channel: OpenAI's where none are given, one number for all three."""
+    given = (found.get(mean), found.get(std))
+    values = [ours if v is None else v for v, ours in zip(given, NORMALIZATION["openai"])]
+    return tuple([v] * 3 if isinstance(v, (int, float)) else list(v) for v in values)
+
+
+def _timms_images(content: dict[str, Any]) -> Images:
     found = content["pretrained_cfg"]
     share, mode = found.get("crop_pct", 0.875), found.get("crop_mode", "center")
     unlike = "" if (share, mode) == (1.0, "center") else f"crop_pct {share}, crop_mode {mode!r}"
     return Images(found["mean"], found["std"], found.get("interpolation", "bicubic"), unlike)
 
 
-IMAGE_FILES: dict[str, dict[str, Callable[[Path, dict[str, Any]], Images]]] = {
+IMAGE_FILES: dict[str, dict[str, Callable[[dict[str, Any]], Images]]] = {
     "open_clip": {"open_clip_config.json": _open_clips_images},
     "hugging_face": {
         "preprocessor_config.json": _hugging_faces_images,

@@ -113,5 +113,8 @@ def test_weights_that_find_no_room_leave_the_old_ones_and_say_so(tmp_path):
             save_weights({"weight": torch.ones(1 << 20)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"writing '.*folder': .*Is a directory"):
+        save_weights({"weight": torch.ones(3)}, tmp_path / "folder")
+    assert {file.name for file in tmp_path.iterdir()} == {"model.pt", "folder"}
     assert torch.equal(torch.load(path)["weight"], torch.ones(3))

@@ -119,6 +119,11 @@ def test_an_import_names_the_preset_and_what_weights_do_not_tell(tmp_path, capsy
             {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "size": 36},
             ['normalize = "imagenet"', "# size 36, crop_size {'height': 32, 'width': 32}: laclip"],
         ),
+        (  # one number for all channels; the image squashed to a square
+            "processor_config.json",
+            {"image_mean": 0.5, "image_std": 0.5, "size": {"height": 3}, "crop_size": None},
+            ['normalize = "inception"', "# size {'height': 3}, crop_size None: laclip resizes"],
+        ),
     ],
 )
 def test_an_import_tells_which_images_the_model_takes(file, change, lines, tmp_path, capsys):
@@ -132,13 +137,17 @@ def test_an_import_tells_which_images_the_model_takes(file, change, lines, tmp_p
         (out / file).write_text(json.dumps({"image_processor": json.loads(images.read_text())}))
         images.unlink()
     content = json.loads((out / file).read_text())
-    content["preprocess_cfg" if kind == "open_clip" else "image_processor"] |= change
+    told = content["preprocess_cfg" if kind == "open_clip" else "image_processor"]
+    told |= change
     (out / file).write_text(json.dumps(content))
     capsys.readouterr()
     assert main(words) == 0
     found = capsys.readouterr().out.partition("\n[data]\n")[2].splitlines()
     assert len(found) == len(lines)
     assert all(line.startswith(start) for line, start in zip(found, lines)), found
+    told |= dict.fromkeys(("mean", "image_mean"), ("black", "white"))
+    (out / file).write_text(json.dumps(content))
+    assert main(words) == 2 and f"{file}' is no configuration of" in capsys.readouterr().err
     (out / file).unlink()
     assert main(words) == 0
     assert "# Nothing here tells the images' mean and deviation" in capsys.readouterr().out
@@ -154,7 +163,7 @@ def test_a_model_that_reads_other_tokens_is_refused(tmp_path, capsys):
     settings["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
     (out / "open_clip_config.json").write_text(json.dumps(settings))
     assert main(["import", str(out), str(tmp_path / "back.pt")]) == 2
-    assert "found pool_type 'avg', expected tok: " in capsys.readouterr().err
+    assert "found pool_type 'avg', expected 'tok': " in capsys.readouterr().err
     (out / "open_clip_config.json").write_text("{}")
     assert main(["import", str(out), str(tmp_path / "back.pt")]) == 2
     assert "is no configuration of open_clip (KeyError('model_cfg'))" in capsys.readouterr().err
@@ -198,8 +207,15 @@ def test_mistakes_are_named_without_a_traceback(tmp_path, capsys):
     words[1] = str(tmp_path / "last")
     assert main(words) == 2
     assert "reads a caption at its first end-of-text token" in capsys.readouterr().err
-    (tmp_path / "out").write_text("")
     words[-1] = "open_clip"
+    (tmp_path / "out").mkdir()
+    other = tmp_path / "out" / "open_clip_model.safetensors"
+    other.touch()
+    assert main(words) == 2
+    assert f"'{other}' would be loaded from there" in capsys.readouterr().err
+    other.unlink()
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").touch()
     assert main(words) == 2
     assert "is a file, expected a folder to write" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "none.pt"), str(tmp_path / "x.pt")]) == 2
