@@ -3,7 +3,8 @@
     RUN/checkpoints/step_00000200/
         mp_rank_*, zero_pp_rank_*    DeepSpeed's own files
         random_rank_*.pt             generator states, one a rank
-        state.json                   step, loader state, datasets, ranks, ZeRO stage, score
+        state.json                   step, loader state, datasets, what began anew, ranks,
+                                     ZeRO stage, score
         manifest.json                size and XXH64 of every other file; written last
 
 Which there are, which are kept, and their weights; `engine_checkpoint` writes and loads them.

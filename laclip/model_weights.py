@@ -2,10 +2,14 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from laclip.convert import read_checkpoint
+
+if TYPE_CHECKING:
+    from laclip.config import ModelConfig
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
@@ -24,6 +28,20 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     kept = {n: t for n, t in model.state_dict().items() if n.startswith(tuple(left))}
     load_state(model, kept | found, str(path))
     return sorted(left)
+
+
+def check_locks(config: "ModelConfig", fresh: list[str]) -> None:
+    """Raises ValueError where a locked tower would stay as random as it begins.
+
+    fresh: what load_weights found nothing of.
+    """
+    for tower, locked in (("image", config.lock_image), ("text", config.lock_text)):
+        if locked and (not config.weights or tower in fresh):
+            found = f"'{config.weights}' holds nothing of" if config.weights else "nothing gives"
+            raise ValueError(
+                f"model.lock_{tower}: {found} the {tower} tower, which would stay random. Set "
+                f"model.weights to a file that holds it, or model.lock_{tower} = false"
+            )
 
 
 def load_state(model: nn.Module, found: dict[str, Tensor], source: str) -> None:

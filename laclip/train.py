@@ -53,7 +53,7 @@ from laclip.metrics import (
     variant_shares,
 )
 from laclip.model import CLIP, build_model, lock_towers
-from laclip.model_weights import load_weights
+from laclip.model_weights import check_locks, load_weights
 from laclip.optimizer import Schedule, schedule_of
 from laclip.parallel import (
     FAREWELL,
@@ -154,6 +154,8 @@ def train(config: Config, deepspeed_json: Path, ranks: Ranks, resume: bool) -> N
     # A checkpoint holds all weights: a run that goes on needs their first file no more.
     begun = goes_on(folder, resume)
     fresh = load_weights(model, weights) if weights and not begun else []
+    if not begun:
+        check_locks(config.model, fresh)
     connect(config, ranks)
     catch_signals()
     fingerprints = {path: d.fingerprint for path, d in zip(config.data.train, datasets)}

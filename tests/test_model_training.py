@@ -107,6 +107,7 @@ JOBS = {  # name: (ZeRO stage, settings); weights name files that save_weights w
     "context": (1, {"model.weights": "own", "model.text.context_length": 99}),
     "unconverted": (1, {"model.weights": "open_clip_original"}),
     "patch": (1, {"model.vision.patch_size": 7}),
+    "no_text": (1, {"model.weights": "image", "model.lock_text": True}),
 }
 
 
@@ -213,6 +214,7 @@ def test_compiled_blocks_under_zero_3_train_as_eager_ones_do(jobs):
         ("context", ["text.positional_embedding [77, 32], expected [99, 32]"]),
         ("unconverted", ["missing: image.", "go through: laclip import"]),
         ("patch", ["model.vision.image_size: 64 is no multiple of patch_size 7. Use 63"]),
+        ("no_text", ["model.lock_text: '", "image.pt' holds nothing of the text tower, which"]),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_before_a_run_begins(name, messages, jobs):
@@ -223,5 +225,5 @@ def test_what_does_not_fit_is_refused_by_name_before_a_run_begins(name, messages
 
 
 def test_only_the_mistakes_failed(jobs):
-    mistakes = {"deeper", "renamed", "vocabulary", "context", "unconverted", "patch"}
+    mistakes = {"deeper", "renamed", "vocabulary", "context", "unconverted", "patch", "no_text"}
     assert jobs[1].keys() == mistakes

@@ -314,6 +314,7 @@ BAD_INPUT = {
     "loss": (["train.loss_implementation=triton"], "triton computes on a GPU alone"),
     "embedding": (["model.embed_dim=12"], "found 12, the losses need a multiple of 8"),
     "missing weights": (["model.weights=none.pt"], "none.pt"),
+    "random lock": (["model.lock_text=true"], "lock_text: nothing gives the text tower, which"),
     "no steps": (["train.steps=0"], "3,070 samples in batches of 32 for 0 epochs make no step"),
     "large batch": (["train.global_batch_size=3071"], "3,071 is more than the 3,070 samples"),
     "few weights": (["data.captions=weights", "data.weights=[1]"], "found 1, "),
