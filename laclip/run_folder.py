@@ -54,9 +54,11 @@ def _require_alike(own: dict[str, Any]) -> None:
 
 
 def goes_on(folder: Path, resume: bool) -> bool:
-    """Whether a start in the folder goes on from a checkpoint in it."""
+    """Whether a start in the folder goes on from a checkpoint, or tells that all are damaged."""
+    checkpoints = folder / "checkpoints"
     try:
-        return _keeps(folder, resume) and newest_step(folder / "checkpoints") is not None
+        found = newest_step(checkpoints) is not None or any(checkpoints.glob("damaged_step_*"))
+        return found and _keeps(folder, resume)
     except OSError:  # claim_folder tells
         return False
 

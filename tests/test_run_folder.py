@@ -86,8 +86,14 @@ def test_a_start_goes_on_where_a_checkpoint_stays(folder):
     assert not goes_on(folder, False)
     open_folder(folder, FIRST, False).close()
     assert not goes_on(folder, False)
-    (folder / "checkpoints" / "step_00000004").mkdir(parents=True)
-    assert goes_on(folder, False)
+    checkpoint = folder / "checkpoints" / "step_00000004"
+    checkpoint.with_name(f"{checkpoint.name}.partial").mkdir(parents=True)
+    assert not goes_on(folder, False)
+    for name in (f"damaged_{checkpoint.name}", checkpoint.name):
+        checkpoint.with_name(name).mkdir()
+        assert goes_on(folder, False)
+        checkpoint.with_name(name).rmdir()
+    checkpoint.mkdir()
     write_status(folder, "finished", 8)  # kept under another name, unless it is named
     assert goes_on(folder, True) and not goes_on(folder, False)
     assert not goes_on(folder / "config.toml", False)  # a file, which open_folder refuses
