@@ -24,7 +24,7 @@ import torch
 from laclip import _native
 from laclip.convert import read_checkpoint
 from laclip.parallel import JointError, Ranks, from_first, gather_objects
-from laclip.whole_files import sync
+from laclip.whole_files import sync, whole_file
 
 TEMPORARY = ".partial"
 
@@ -180,16 +180,12 @@ def read_weights(source: Path) -> dict[str, torch.Tensor]:
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Write what read_weights reads, whole or not at all. Raises OSError."""
-    partial = path.with_name(path.name + TEMPORARY)
     try:
-        torch.save(weights, partial)
-        sync(partial)
-        partial.rename(path)
+        with whole_file(path) as file:
+            torch.save(weights, file)
     except (OSError, RuntimeError) as error:  # torch's own words for a full disk do not say so
         free = shutil.disk_usage(path.parent).free // 2**20
-        partial.unlink(missing_ok=True)
         raise OSError(f"writing '{path}': {error} ({free:,} MiB were free there)") from None
-    sync(path.parent)
 
 
 def _read_engine_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
