@@ -155,8 +155,8 @@ _HUGGING_FACE = [
     *_both("text.norm", f"{_TEXT}.final_layer_norm"),
     Rule("text.projection.weight", "text_projection.weight"),
 ]
-# Buffers that older versions of the projects stored, and a classifier's head.
-_IGNORED = re.compile(r"(.*\.)?(attn_mask|position_ids)|head\.(weight|bias)")
+# Buffers that older versions of the projects stored.
+_IGNORED = re.compile(r"(.*\.)?(attn_mask|position_ids)")
 
 
 def detect_format(state: Mapping[str, Tensor]) -> str:
@@ -191,6 +191,7 @@ def to_laclip(state: Mapping[str, Tensor]) -> State:
     if kind == "hugging_face":
         known = _join_qkv(known)
     if kind == "timm":
+        known = {n: t for n, t in known.items() if n not in ("head.weight", "head.bias")}
         _check_timm(known)
     timm = "visual.trunk.cls_token" in state
     rules = [rule._replace(ours=rule.theirs, theirs=rule.ours) for rule in _rules(kind, timm)]

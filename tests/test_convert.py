@@ -209,6 +209,8 @@ def test_unknown_keys_are_named():
     state = convert.from_laclip(weights("vit_l_14"), "open_clip")
     with pytest.raises(ValueError, match=r"visual\.attn_pool\.query"):
         convert.to_laclip(state | {"visual.attn_pool.query": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"head\.weight"):  # a classifier's, which only timm's have
+        convert.to_laclip(state | {"head.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="expected those of open_clip"):
         convert.to_laclip({"fc.weight": torch.zeros(1)})
 
