@@ -184,8 +184,11 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
         with whole_file(path) as file:
             torch.save(weights, file)
     except (OSError, RuntimeError) as error:  # torch's own words for a full disk do not say so
+        size = sum(tensor.nbytes for tensor in weights.values()) // 2**20
         free = shutil.disk_usage(path.parent).free // 2**20
-        raise OSError(f"writing '{path}': {error} ({free:,} MiB were free there)") from None
+        raise OSError(
+            f"writing '{path}': {error} ({size:,} MiB to write, {free:,} MiB were free there)"
+        ) from None
 
 
 def _read_engine_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
